@@ -1,0 +1,20 @@
+"""Builds the native library torch_tqattn/_C: operators and CPU kernels, loaded with torch.ops.load_library."""
+
+from pathlib import Path
+
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+CSRC = Path("torch_tqattn/csrc")
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "torch_tqattn._C",
+            sources=sorted(str(path) for folder in (CSRC, CSRC / "cpu") for path in folder.glob("*.cpp")),
+            depends=[str(path) for pattern in ("csrc/**/*.h", "shaders/*.h") for path in Path("torch_tqattn").glob(pattern)],
+            extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi"],
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+)

@@ -1,0 +1,346 @@
+// The CPU backend: splits the work into tasks, and merges what they return.
+#include "../backend.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../launch_policy.h"
+#include "kernels.h"
+
+namespace tqattn::cpu {
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  static const Kernels& best = []() -> const Kernels& {
+    const std::string allowed = at::get_cpu_capability();
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (has_avx512 && allowed == "AVX512") return avx512_kernels();
+    if (has_avx2 && (allowed == "AVX512" || allowed == "AVX2")) return avx2_kernels();
+    return baseline_kernels();
+  }();
+  return best;
+#else
+  return baseline_kernels();
+#endif
+}
+
+namespace {
+
+using at::Tensor;
+
+// Head `head` (batch * kv_heads + kv_head) of a side.
+HeadStore head_store(const Side& side, int64_t head) {
+  const int64_t slots = side.codes.size(2), row = side.codes.size(3);
+  const int64_t row_bytes = row * side.codes.element_size();
+  const auto half = [head](const OptionalTensor& x) {
+    return x.has_value() ? x->mutable_data_ptr<at::Half>() + head * x->size(2) * x->size(3) : nullptr;
+  };
+  HeadStore store{};
+  store.codes = static_cast<uint8_t*>(side.codes.mutable_data_ptr()) + head * slots * row_bytes;
+  store.norms = side.norms.has_value()
+                    ? side.norms->mutable_data_ptr<float>() + head * slots * (side.norms->dim() == 4 ? side.norms->size(3) : 1)
+                    : nullptr;
+  store.means = half(side.means);
+  store.tail = half(side.tail);
+  store.format = side.format;
+  store.codebook = side.codebook;
+  store.row_bytes = row_bytes;
+  store.norm_factor = side.norm_factor;
+  return store;
+}
+
+int64_t first_position(const OptionalTensor& starts, int64_t batch) {
+  return starts.has_value() ? std::max(starts->const_data_ptr<int32_t>()[batch], 0) : 0;
+}
+
+float finite_half(float x) { return std::isinf(x) ? x : std::clamp(x, -65504.0f, 65504.0f); }
+
+// Codes one block of `size` rotated rows, of which those from `first_valid` on are tokens, the others padding.
+void encode_block(const Kernels& run, float* rows, int64_t size, int64_t head_dim, int64_t first_valid,
+                  const HeadStore& store, int64_t slot, bool preserve_norm) {
+  if (store.means != nullptr) {
+    // Padding and tokens with a NaN or an infinity would spoil the mean for all others.
+    std::vector<float> mean(head_dim, 0.0f);
+    int64_t counted = 0;
+    for (int64_t r = first_valid; r < size; ++r) {
+      const float* row = rows + r * head_dim;
+      if (!std::all_of(row, row + head_dim, [](float x) { return std::isfinite(x); })) continue;
+      for (int64_t i = 0; i < head_dim; ++i) mean[i] += row[i];
+      ++counted;
+    }
+    at::Half* stored = store.means + slot / size * head_dim;
+    for (int64_t i = 0; i < head_dim; ++i) {
+      stored[i] = at::Half(finite_half(mean[i] / static_cast<float>(std::max<int64_t>(counted, 1))));
+      mean[i] = static_cast<float>(stored[i]);
+    }
+    for (int64_t r = first_valid; r < size; ++r) {
+      for (int64_t i = 0; i < head_dim; ++i) rows[r * head_dim + i] -= mean[i];
+    }
+  }
+  std::fill(rows, rows + first_valid * head_dim, 0.0f);
+  for (int64_t r = 0; r < size; ++r) run.encode_row(rows + r * head_dim, head_dim, store, slot + r, preserve_norm);
+}
+
+// Stores the tokens x [tokens, head_dim] of one head.
+void encode_head(const Kernels& run, const EncodeCall& call, const Side& side, const float* x, int64_t head,
+                 int64_t tokens, int64_t head_dim, int64_t first) {
+  const HeadStore store = head_store(side, head);
+  const int64_t slots = side.codes.size(2);
+  const int64_t tail_slots = side.tail.has_value() ? side.tail->size(2) : 0;
+  const int64_t end = call.position + tokens;
+  const int64_t size = std::max<int64_t>(call.block_size, 1);
+  std::vector<float> rows(size * head_dim);
+  // The rotated row of any position that is at hand: in dense form rounded as the tail holds it.
+  const auto fetch = [&](int64_t position, float* row) {
+    if (position < call.position) {
+      const at::Half* waiting = store.tail + position % tail_slots * head_dim;
+      for (int64_t i = 0; i < head_dim; ++i) row[i] = static_cast<float>(waiting[i]);
+      return;
+    }
+    run.rotate(x + (position - call.position) * head_dim, row, 1, head_dim, false, 1.0f);
+    if (tail_slots == 0) return;
+    for (int64_t i = 0; i < head_dim; ++i) row[i] = static_cast<float>(at::Half(finite_half(row[i])));
+  };
+  // Blocks that this very call would overwrite are not coded at all.
+  for (int64_t begin = std::max(call.coded, call.coded_end - slots); begin < call.coded_end; begin += size) {
+    for (int64_t r = 0; r < size; ++r) fetch(begin + r, rows.data() + r * head_dim);
+    const int64_t padding = std::clamp<int64_t>(first - begin, 0, size);
+    encode_block(run, rows.data(), size, head_dim, padding, store, begin % slots, call.preserve_norm);
+  }
+  if (tail_slots == 0) return;
+  for (int64_t position = std::max(call.coded_end, call.position); position < end; ++position) {
+    fetch(position, rows.data());
+    at::Half* waiting = store.tail + position % tail_slots * head_dim;
+    for (int64_t i = 0; i < head_dim; ++i) waiting[i] = at::Half(position < first ? 0.0f : rows[i]);
+  }
+}
+
+// What one query row may see.
+struct Visibility {
+  int64_t begin;
+  int64_t end;
+  const bool* mask;  // of positions from params.start on; null without a mask
+};
+
+Visibility visibility(const AttendCall& call, const Tensor& mask, int64_t batch, int64_t token) {
+  const TqAttendParams& params = call.params;
+  int64_t end = params.length;
+  if (call.lengths.has_value()) {
+    end = std::clamp<int64_t>(call.lengths->const_data_ptr<int32_t>()[batch], 0, end);
+  }
+  const int64_t query = end - params.q_len + token;
+  int64_t begin = std::max<int64_t>(params.start, first_position(call.starts, batch));
+  if (params.causal) end = std::min(end, query + 1);
+  if (params.window > 0) begin = std::max(begin, query - params.window + 1);
+  const bool* row = nullptr;
+  if (mask.defined()) {
+    const int64_t entry = params.mask_batch > 1 ? batch : 0, line = params.mask_rows > 1 ? token : 0;
+    row = mask.const_data_ptr<bool>() + (entry * params.mask_rows + line) * (params.length - params.start);
+  }
+  return {begin, std::max(begin, end), row};
+}
+
+// Merges the parts of one row; returns the log-sum-exp. The one place where softmax results are put together.
+float merge_parts(const float* outs, const float* sums, int64_t splits, int64_t head_dim, const float* sink,
+                  float* out) {
+  float largest = sink != nullptr ? *sink : -INFINITY;
+  for (int64_t s = 0; s < splits; ++s) {
+    if (sums[2 * s] != 0) largest = std::max(largest, sums[2 * s + 1]);
+  }
+  const float shift = largest == -INFINITY ? 0.0f : largest;
+  float total = sink != nullptr ? std::exp(*sink - shift) : 0.0f;
+  std::fill(out, out + head_dim, 0.0f);
+  for (int64_t s = 0; s < splits; ++s) {
+    if (sums[2 * s] == 0) continue;
+    const float weight = std::exp(sums[2 * s + 1] - shift);
+    total += weight * sums[2 * s];
+    for (int64_t i = 0; i < head_dim; ++i) out[i] += weight * outs[s * head_dim + i];
+  }
+  if (total != 0) {
+    for (int64_t i = 0; i < head_dim; ++i) out[i] /= total;
+  }
+  return shift + std::log(total);
+}
+
+class CpuBackend final : public Backend {
+ public:
+  void rotate(const Tensor& x, bool inverse, const Tensor& out) const override {
+    const Tensor input = x.to(at::kFloat).contiguous();
+    const int64_t head_dim = x.size(-1), rows = x.numel() / head_dim;
+    const float* from = input.const_data_ptr<float>();
+    float* to = out.mutable_data_ptr<float>();
+    at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+      kernels().rotate(from + begin * head_dim, to + begin * head_dim, end - begin, head_dim, inverse, 1.0f);
+    });
+  }
+
+  void encode(const EncodeCall& call) const override {
+    const Kernels& run = kernels();
+    const int64_t heads = call.inputs[0].x.size(0) * call.inputs[0].x.size(1);
+    const int64_t kv_heads = call.inputs[0].x.size(1), tokens = call.inputs[0].x.size(2);
+    const int64_t head_dim = call.inputs[0].x.size(3);
+    std::vector<Tensor> inputs;
+    for (const EncodeCall::Input& input : call.inputs) inputs.push_back(input.x.to(at::kFloat).contiguous());
+    const int64_t grain = std::max<int64_t>(1, 64 / std::max<int64_t>(tokens, 1));
+    at::parallel_for(0, heads * static_cast<int64_t>(inputs.size()), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t which = task / heads, head = task % heads;
+        const float* x = inputs[which].const_data_ptr<float>() + head * tokens * head_dim;
+        encode_head(run, call, call.inputs[which].side, x, head, tokens, head_dim,
+                    first_position(call.starts, head / kv_heads));
+      }
+    });
+  }
+
+  void attend(const AttendCall& call) const override {
+    const Kernels& run = kernels();
+    const int64_t batch = call.q.size(0), heads = call.q.size(1), q_len = call.q.size(2), head_dim = call.q.size(3);
+    const int64_t kv_heads = call.params.num_kv_heads, group = heads / kv_heads, rows = q_len * group;
+    TqAttendParams params = call.params;
+    // Rows of one KV head lie together: [batch, kv_heads, q_len, group, head_dim].
+    const Tensor q = call.q.to(at::kFloat)
+                         .reshape({batch, kv_heads, group, q_len, head_dim})
+                         .transpose(2, 3)
+                         .contiguous();
+    const Tensor mask = call.mask.has_value() ? call.mask->contiguous() : Tensor();
+    const int64_t row_tiles = (rows + kMaxTaskRows - 1) / kMaxTaskRows;
+    const int64_t tasks = batch * kv_heads * row_tiles;
+    const int64_t positions = params.length - std::max<int64_t>(params.start, params.window > 0 ? static_cast<int64_t>(params.length) - params.q_len - params.window + 1 : 0);
+    if (params.splits == 0) {
+      params.splits = static_cast<uint32_t>(cpu_splits(tasks, positions / 64, at::get_num_threads()));
+    }
+    const int64_t splits = params.splits;
+    Tensor parts = call.partials.has_value() ? *call.partials
+                                             : at::empty({batch * heads * q_len * splits * (head_dim + 2)}, q.options());
+    float* outs = parts.mutable_data_ptr<float>();
+    float* sums = outs + batch * heads * q_len * splits * head_dim;
+    float* queries = q.mutable_data_ptr<float>();
+    at::parallel_for(0, batch * kv_heads * rows, 16, [&](int64_t begin, int64_t end) {
+      float* from = queries + begin * head_dim;
+      if (call.rotate_q) {
+        run.rotate(from, from, end - begin, head_dim, false, params.scale);
+      } else {
+        for (int64_t i = 0; i < (end - begin) * head_dim; ++i) from[i] *= params.scale;
+      }
+    });
+    at::parallel_for(0, tasks * splits, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t split = index % splits, task = index / splits;
+        run_task(run, call, params, mask, queries, task / row_tiles, task % row_tiles * kMaxTaskRows, split, outs, sums);
+      }
+    });
+    finish(run, call, splits, outs, sums);
+  }
+
+  void decode(const DecodeCall& call) const override {
+    const Kernels& run = kernels();
+    const TqAttendParams& params = call.params;
+    const int64_t positions = params.length - params.start, head_dim = params.head_dim;
+    const int64_t heads = call.outs[0].size(0) * params.num_kv_heads;
+    at::parallel_for(0, heads * static_cast<int64_t>(call.sides.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t which = task / heads, head = task % heads;
+        float* out = call.outs[which].mutable_data_ptr<float>() + head * positions * head_dim;
+        run.decode(head_store(call.sides[which], head), params, params.start, params.length, out);
+        const int64_t padding = std::clamp<int64_t>(
+            first_position(call.starts, head / params.num_kv_heads) - params.start, 0, positions);
+        std::fill(out, out + padding * head_dim, 0.0f);
+        if (call.undo_rotation) run.rotate(out, out, positions, head_dim, true, 1.0f);
+      }
+    });
+  }
+
+  void reduce(const ReduceCall& call) const override {
+    const float* outs = call.partials.const_data_ptr<float>();
+    const float* sums = outs + call.rows * call.splits * call.head_dim;
+    float* out = call.out.mutable_data_ptr<float>();
+    for (int64_t row = 0; row < call.rows; ++row) {
+      float* to = out + row * call.head_dim;
+      merge_parts(outs + row * call.splits * call.head_dim, sums + row * call.splits * 2, call.splits, call.head_dim,
+                  nullptr, to);
+      if (call.undo_rotation) kernels().rotate(to, to, 1, call.head_dim, true, 1.0f);
+    }
+  }
+
+ private:
+  // Up to kMaxTaskRows rows, from `first_row` on, of one KV head, over one part of the positions.
+  static void run_task(const Kernels& run, const AttendCall& call, const TqAttendParams& params, const Tensor& mask,
+                       const float* queries, int64_t head, int64_t first_row, int64_t split, float* outs,
+                       float* sums) {
+    const int64_t kv_heads = params.num_kv_heads, group = params.num_heads / kv_heads, head_dim = params.head_dim;
+    const int64_t all_rows = params.q_len * group, splits = params.splits;
+    int64_t row_begin[kMaxTaskRows], row_end[kMaxTaskRows];
+    const bool* row_mask[kMaxTaskRows];
+    AttendTask task{};
+    task.params = &params;
+    task.k = head_store(call.k, head);
+    task.v = head_store(call.v, head);
+    task.q = queries + (head * all_rows + first_row) * head_dim;
+    task.rows = std::min(kMaxTaskRows, all_rows - first_row);
+    int64_t begin = params.length, end = 0;
+    for (int64_t r = 0; r < task.rows; ++r) {
+      const Visibility seen = visibility(call, mask, head / kv_heads, (first_row + r) / group);
+      row_begin[r] = seen.begin;
+      row_end[r] = seen.end;
+      row_mask[r] = seen.mask;
+      if (seen.begin < seen.end) {
+        begin = std::min(begin, seen.begin);
+        end = std::max(end, seen.end);
+      }
+    }
+    const int64_t part = (std::max<int64_t>(end - begin, 0) + splits - 1) / splits;
+    task.begin = std::min(begin + split * part, std::max(begin, end));
+    task.end = std::min(task.begin + part, std::max(begin, end));
+    task.row_begin = row_begin;
+    task.row_end = row_end;
+    task.row_mask = mask.defined() ? row_mask : nullptr;
+    const int64_t row = (head * all_rows + first_row) * splits + split;
+    task.out = outs + row * head_dim;
+    task.sums = sums + row * 2;
+    task.out_stride = splits * head_dim;
+    task.sums_stride = splits * 2;
+    run.attend(task);
+  }
+
+  // Merges the parts, undoes the rotation, and puts the rows where the caller wants them.
+  static void finish(const Kernels& run, const AttendCall& call, int64_t splits, const float* outs,
+                     const float* sums) {
+    const int64_t batch = call.q.size(0), heads = call.q.size(1), q_len = call.q.size(2), head_dim = call.q.size(3);
+    const int64_t group = heads / call.params.num_kv_heads;
+    const bool is_direct = call.out.scalar_type() == at::kFloat;
+    const Tensor result = is_direct ? call.out : at::empty(call.out.sizes(), call.out.options().dtype(at::kFloat));
+    const Tensor sinks = call.sinks.has_value() ? call.sinks->to(at::kFloat).contiguous() : Tensor();
+    float* out = result.mutable_data_ptr<float>();
+    float* lse = call.lse.has_value() ? call.lse->mutable_data_ptr<float>() : nullptr;
+    at::parallel_for(0, batch * heads * q_len, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {  // in the order of outs: batch, KV head, token, head of the group
+        const int64_t head_of_group = row % group, token = row / group % q_len, kv = row / (group * q_len);
+        const int64_t head = kv * group + head_of_group;
+        const int64_t to = head * q_len + token;
+        const float* sink = sinks.defined() ? sinks.const_data_ptr<float>() + head % heads : nullptr;
+        const float row_lse = merge_parts(outs + row * splits * head_dim, sums + row * splits * 2, splits, head_dim,
+                                          sink, out + to * head_dim);
+        if (lse != nullptr) lse[to] = row_lse;
+        if (call.undo_rotation) run.rotate(out + to * head_dim, out + to * head_dim, 1, head_dim, true, 1.0f);
+      }
+    });
+    if (!is_direct) call.out.copy_(result);
+  }
+};
+
+const bool registered = [] {
+  static const CpuBackend backend;
+  register_backend(c10::DeviceType::CPU, &backend);
+  return true;
+}();
+
+}  // namespace
+}  // namespace tqattn::cpu

@@ -1,0 +1,65 @@
+// The CPU kernels' interface: one table of functions for each instruction set, chosen once at run time.
+#pragma once
+
+#include <c10/util/Half.h>
+
+#include <cstdint>
+
+#include "../../shaders/params.h"
+#include "../format.h"
+
+namespace tqattn::cpu {
+
+// One head of one side of a cache.
+struct HeadStore {
+  uint8_t* codes;  // rows of row_bytes; for f16, of half-precision numbers
+  float* norms;
+  c10::Half* means;  // null without block means
+  c10::Half* tail;   // null without a dense tail
+  const StorageFormat* format;
+  const Codebook* codebook;  // null for f16
+  int64_t row_bytes;
+  float norm_factor;  // what a stored norm is multiplied with
+};
+
+// Queries that share a KV head, over one part of its positions.
+struct AttendTask {
+  const TqAttendParams* params;
+  HeadStore k;
+  HeadStore v;
+  const float* q;  // [rows, head_dim], rotated and scaled
+  int64_t rows;
+  int64_t begin;  // positions of this part
+  int64_t end;
+  const int64_t* row_begin;  // [rows] positions that each row may see
+  const int64_t* row_end;
+  const bool* const* row_mask;  // [rows] masks of positions from params->start on; null without a mask
+  float* out;                   // [rows, head_dim], stride out_stride: sums of weighted values, not normalised
+  float* sums;                  // [rows, 2], stride sums_stride: sum of weights, maximum of logits
+  int64_t out_stride;
+  int64_t sums_stride;
+};
+
+constexpr int64_t kMaxTaskRows = 32;  // rows that share one pass over the positions
+
+struct Kernels {
+  const char* name;
+  // [rows, head_dim] to [rows, head_dim], times `scale`; in and out may be the same.
+  void (*rotate)(const float* in, float* out, int64_t rows, int64_t head_dim, bool inverse, float scale);
+  // Rotated rows of one token each to codes and norms; norms are what codes are multiplied with, over norm_factor.
+  void (*encode_row)(const float* row, int64_t head_dim, const HeadStore& store, int64_t slot, bool preserve_norm);
+  // Positions begin..end, rotated, to out [end - begin, head_dim].
+  void (*decode)(const HeadStore& store, const TqAttendParams& params, int64_t begin, int64_t end, float* out);
+  void (*attend)(const AttendTask& task);
+};
+
+// The best table that this processor runs and ATEN_CPU_CAPABILITY allows.
+const Kernels& kernels();
+
+const Kernels& baseline_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+}  // namespace tqattn::cpu

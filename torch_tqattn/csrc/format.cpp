@@ -1,0 +1,90 @@
+#include "format.h"
+
+#include <c10/util/Exception.h>
+
+#include <array>
+
+namespace tqattn {
+namespace {
+
+constexpr StorageFormat kFormats[] = {
+    {"f16", 16, 16, 0},
+#define X(name, bits, low, high) {name, bits, low, high},
+    TQ_CODED_FORMATS(X)
+#undef X
+};
+
+constexpr int64_t kHeadDims[] = {
+#define X(head_dim) head_dim,
+    TQ_HEAD_DIMS(X)
+#undef X
+};
+
+template <int kBits>
+const Codebook& make_codebook(const int16_t* integers, float scale, const float* thresholds) {
+  static const std::array<float, 1 << kBits> levels = [&] {
+    std::array<float, 1 << kBits> values{};
+    for (int i = 0; i < (1 << kBits); ++i) values[i] = static_cast<float>(integers[i]) * scale;
+    return values;
+  }();
+  static const Codebook codebook{kBits, levels.data(), thresholds, integers, scale};
+  return codebook;
+}
+
+}  // namespace
+
+const StorageFormat& find_format(std::string_view name) {
+  std::string choices;
+  for (const StorageFormat& format : kFormats) {
+    if (name == format.name) return format;
+    choices += (choices.empty() ? "" : ", ") + std::string(format.name);
+  }
+  TORCH_CHECK_VALUE(false, "unknown storage format '", name, "'; choose one of ", choices);
+}
+
+bool is_supported_head_dim(int64_t head_dim) {
+  for (int64_t supported : kHeadDims) {
+    if (head_dim == supported) return true;
+  }
+  return false;
+}
+
+std::string supported_head_dims() {
+  std::string choices;
+  for (int64_t supported : kHeadDims) choices += (choices.empty() ? "" : ", ") + std::to_string(supported);
+  return choices;
+}
+
+const Codebook& format_codebook(int bits) {
+  switch (bits) {
+#define CASE(b) \
+  case b:       \
+    return make_codebook<b>(kLevels##b, kLevelScale##b, kThresholds##b)
+    CASE(2);
+    CASE(3);
+    CASE(4);
+    CASE(5);
+    CASE(6);
+    CASE(8);
+#undef CASE
+  }
+  TORCH_INTERNAL_ASSERT(false, "no codebook of ", bits, " bits");
+}
+
+const Codebook& exact_codebook(int bits) {
+  switch (bits) {
+#define CASE(b)                                                                           \
+  case b: {                                                                               \
+    static const Codebook codebook{b, kExactLevels##b, kExactThresholds##b, nullptr, 1.0f}; \
+    return codebook;                                                                      \
+  }
+    CASE(4)
+    CASE(5)
+    CASE(6)
+    CASE(8)
+#undef CASE
+  }
+  TORCH_INTERNAL_ASSERT(false, "no exact codebook of ", bits, " bits");
+}
+
+}  // namespace tqattn

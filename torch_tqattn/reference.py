@@ -1,0 +1,571 @@
+"""Every operator in plain float32 PyTorch: the oracle of the tests, and what runs on a device without a kernel.
+
+Signatures are the operators' own (csrc/schema.cpp). Arguments have been checked before a function here is called.
+Positions are absolute: position p of a ring of C slots lives in slot p % C, so a ring never moves a row.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import format as fmt
+
+Rows = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # codes, norms, means, tail
+
+
+@lru_cache(maxsize=32)
+def _rotation(head_dim: int, device: torch.device) -> Tensor:
+    matrix = fmt.signs(head_dim).double()[:, None] * fmt.hadamard(head_dim) / head_dim**0.5
+    return matrix.to(device=device, dtype=torch.float32)
+
+
+def rotate(x: Tensor, inverse: bool = False) -> Tensor:
+    matrix = _rotation(x.shape[-1], x.device)
+    return x.float() @ (matrix.T if inverse else matrix)
+
+
+def to_half(y: Tensor) -> Tensor:
+    """float32 to float16; finite numbers stay finite."""
+    return torch.where(y.isinf(), y, y.clamp(-fmt.HALF_MAX, fmt.HALF_MAX)).half()
+
+
+def _groups(rows: Tensor) -> Tensor:
+    return rows.unflatten(-1, (-1, min(rows.shape[-1], fmt.NORM_GROUP)))
+
+
+def _root_mean_square(groups: Tensor) -> Tensor:
+    """Over the last dimension. Scaled by the largest number, so that neither huge nor tiny ones leave float32."""
+    peak = groups.abs().amax(-1, keepdim=True)
+    unit = torch.where(peak > 0, peak, 1.0)
+    return (unit * (groups / unit).square().mean(-1, keepdim=True).sqrt()).squeeze(-1)
+
+
+def quantise(rows: Tensor, codebook: Tensor, preserve_norm: bool) -> tuple[Tensor, Tensor]:
+    """Nearest level of every coordinate, and the number that each group's levels are multiplied with.
+
+    Args:
+        rows: float32 [..., D], rotated.
+        codebook: float32 [levels], ascending.
+        preserve_norm: make the decoded group as long as the original; else its root mean square is the scale.
+
+    Returns:
+        uint8 codes [..., D] and float32 norms [..., groups]; the norm of a group with a NaN or an infinity is NaN.
+    """
+    groups = _groups(rows)
+    rms = _root_mean_square(groups)
+    safe = torch.where(rms > 0, rms, 1.0)[..., None]
+    normalised = (groups / safe).nan_to_num(0.0)
+    codes = torch.bucketize(normalised, fmt.thresholds(codebook).to(rows.device))
+    norms = rms
+    if preserve_norm:
+        norms = rms / codebook.to(rows.device)[codes].square().mean(-1).sqrt()
+    norms = torch.where(rms > 0, norms, rms)
+    norms = torch.where(norms.isfinite(), norms, torch.nan)
+    return codes.flatten(-2).to(torch.uint8), norms
+
+
+def dequantise(codes: Tensor, norms: Tensor, codebook: Tensor) -> Tensor:
+    """float32 [..., D]: levels times their group's norm."""
+    values = codebook.to(codes.device)[codes.int()]
+    return (_groups(values) * norms[..., None]).flatten(-2)
+
+
+def _split_norms(norms: Tensor, head_dim: int) -> Tensor:
+    """Stored norms [..., slots] or [..., slots, groups] as [..., slots, groups]."""
+    return norms if head_dim > fmt.NORM_GROUP else norms[..., None]
+
+
+def _positions(begin: int, end: int, device: torch.device) -> Tensor:
+    return torch.arange(begin, end, device=device)
+
+
+# Encoding
+
+
+def _store_rows(
+    side: Rows, storage: fmt.Format, rows: Tensor, begin: int, block_size: int, valid: Tensor, encode: str
+) -> None:
+    """Code rotated rows [B, H, T, D] of positions begin... into their slots; rows that are not valid become zero."""
+    codes, norms, means, _ = side
+    slots = _positions(begin, begin + rows.shape[2], rows.device) % codes.shape[2]
+    if means is not None:
+        blocks = rows.unflatten(2, (-1, block_size))
+        counted = valid[:, None, :, None] & rows.isfinite().all(-1, keepdim=True)
+        counted = counted.unflatten(2, (-1, block_size))
+        total = torch.where(counted, blocks, 0.0).sum(3)
+        mean = to_half(total / counted.sum(3).clamp(min=1))
+        means[:, :, slots[::block_size] // block_size] = mean
+        rows = (blocks - mean.float()[:, :, :, None]).flatten(2, 3)
+    rows = torch.where(valid[:, None, :, None], rows, 0.0)
+    if not storage.is_coded:
+        codes[:, :, slots] = to_half(rows)
+        return
+    assert norms is not None
+    indices, scale = quantise(rows, fmt.levels(storage.bits), preserve_norm=encode != "plain")
+    codes[:, :, slots] = fmt.pack(indices, storage)
+    _split_norms(norms, rows.shape[-1])[:, :, slots] = scale
+
+
+def _encode_side(
+    x: Tensor,
+    side: Rows,
+    format_name: str,
+    position: int,
+    coded: int,
+    coded_end: int,
+    block_size: int,
+    starts: Tensor | None,
+    encode: str,
+) -> None:
+    tail = side[3]
+    storage = fmt.get_format(format_name)
+    end = position + x.shape[2]
+    slot_count = side[0].shape[2]
+    rows = rotate(x)
+    if tail is not None:
+        rows = to_half(rows)
+        old = _positions(coded, position, x.device) % tail.shape[2]
+        rows = torch.cat([tail[:, :, old], rows], dim=2)
+    first = max(coded, coded_end - slot_count)  # older rows would be overwritten by this very call
+    positions = _positions(coded, end, x.device)
+    valid = positions[None] >= (
+        torch.zeros(x.shape[0], 1, device=x.device) if starts is None else starts[:, None].to(x.device)
+    )
+    if coded_end > first:
+        kept = slice(first - coded, coded_end - coded)
+        _store_rows(side, storage, rows[:, :, kept].float(), first, block_size, valid[:, kept], encode)
+    if tail is not None:
+        fresh = max(coded_end, position)
+        slots = _positions(fresh, end, x.device) % tail.shape[2]
+        waiting = slice(fresh - coded, end - coded)
+        tail[:, :, slots] = torch.where(valid[:, None, waiting, None], rows[:, :, waiting], 0.0).half()
+
+
+def encode_kv_(
+    k: Tensor,
+    v: Tensor,
+    k_codes: Tensor,
+    k_norms: Tensor | None,
+    k_means: Tensor | None,
+    k_tail: Tensor | None,
+    v_codes: Tensor,
+    v_norms: Tensor | None,
+    v_means: Tensor | None,
+    v_tail: Tensor | None,
+    k_format: str,
+    v_format: str,
+    position: int,
+    coded: int,
+    coded_end: int,
+    block_size: int = 0,
+    starts: Tensor | None = None,
+    encode: str = "fast",
+) -> None:
+    for x, side, name in (
+        (k, (k_codes, k_norms, k_means, k_tail), k_format),
+        (v, (v_codes, v_norms, v_means, v_tail), v_format),
+    ):
+        _encode_side(x, side, name, position, coded, coded_end, block_size, starts, encode)
+
+
+# Decoding
+
+
+def _decode_side(
+    side: Rows, format_name: str, head_dim: int, start: int, coded: int, length: int, block_size: int
+) -> Tensor:
+    """Rotated rows [B, H, length - start, D] of positions start..length, float32."""
+    codes, norms, means, tail = side
+    parts = []
+    if coded > start:
+        slots = _positions(start, coded, codes.device) % codes.shape[2]
+        storage = fmt.get_format(format_name)
+        if storage.is_coded:
+            assert norms is not None
+            indices = fmt.unpack(codes[:, :, slots], storage, head_dim)
+            rows = dequantise(indices, _split_norms(norms, head_dim)[:, :, slots], fmt.levels(storage.bits))
+        else:
+            rows = codes[:, :, slots].float()
+        if means is not None:
+            rows = rows + means[:, :, slots // block_size].float()
+        parts.append(rows)
+    if tail is not None:
+        begin = max(start, coded)
+        parts.append(tail[:, :, _positions(begin, length, codes.device) % tail.shape[2]].float())
+    empty = torch.zeros(*codes.shape[:2], 0, head_dim, device=codes.device)
+    return torch.cat([empty, *parts], dim=2)
+
+
+def decode_kv(
+    k_codes: Tensor,
+    k_norms: Tensor | None,
+    k_means: Tensor | None,
+    k_tail: Tensor | None,
+    v_codes: Tensor,
+    v_norms: Tensor | None,
+    v_means: Tensor | None,
+    v_tail: Tensor | None,
+    k_format: str,
+    v_format: str,
+    head_dim: int,
+    start: int,
+    coded: int,
+    length: int,
+    block_size: int = 0,
+    starts: Tensor | None = None,
+    rotated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    decoded = []
+    for side, name in (
+        ((k_codes, k_norms, k_means, k_tail), k_format),
+        ((v_codes, v_norms, v_means, v_tail), v_format),
+    ):
+        rows = _decode_side(side, name, head_dim, start, coded, length, block_size)
+        if starts is not None:
+            padding = _positions(start, length, rows.device)[None] < starts[:, None]
+            rows = torch.where(padding[:, None, :, None], 0.0, rows)
+        decoded.append(rows if rotated else rotate(rows, inverse=True))
+    return decoded[0], decoded[1]
+
+
+# Attention
+
+
+def _visible(
+    q_len: int,
+    start: int,
+    length: int,
+    causal: bool,
+    window: int,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Which positions start..length each query sees: bool [B or 1, q_len, length - start]."""
+    ends = torch.tensor([length], device=device) if lengths is None else lengths.to(device).long()
+    begins = torch.zeros_like(ends) if starts is None else starts.to(device).long()
+    position = _positions(start, length, device)[None, None]
+    query = (ends[:, None] - q_len + torch.arange(q_len, device=device))[:, :, None]
+    seen = (position < ends[:, None, None]) & (position >= begins[:, None, None])
+    seen = seen.expand(-1, q_len, -1)
+    if causal:
+        seen = seen & (position <= query)
+    if window:
+        seen = seen & (position > query - window)
+    return seen if mask is None else seen & mask.to(device)
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [B, Hq, T, D] over k, v [B, Hkv, L, D], all float32; visible bool [B or 1, T, L].
+
+    Returns out [B, Hq, T, D] and the log-sum-exp of the logits (sink included) [B, Hq, T]. A query that sees nothing
+    gets zeros, and the logarithm of its sink (-inf without one).
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    logits = q @ k.transpose(-1, -2) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~visible[:, None], -torch.inf)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)], dim=-1)
+    lse = logits.logsumexp(-1) if logits.shape[-1] else torch.full(logits.shape[:3], -torch.inf, device=q.device)
+    weights = torch.exp(logits - torch.where(lse.isneginf(), 0.0, lse)[..., None])[..., : k.shape[2]]
+    hidden = ~visible.any(1)[:, None, :, None]  # 0 * NaN is NaN: a row that nobody sees must not count
+    return weights @ torch.where(hidden, 0.0, v), lse
+
+
+def attend(
+    q: Tensor,
+    k_codes: Tensor,
+    k_norms: Tensor | None,
+    k_means: Tensor | None,
+    k_tail: Tensor | None,
+    v_codes: Tensor,
+    v_norms: Tensor | None,
+    v_means: Tensor | None,
+    v_tail: Tensor | None,
+    k_format: str,
+    v_format: str,
+    start: int,
+    coded: int,
+    length: int,
+    block_size: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    head_dim = q.shape[-1]
+    k = _decode_side((k_codes, k_norms, k_means, k_tail), k_format, head_dim, start, coded, length, block_size)
+    v = _decode_side((v_codes, v_norms, v_means, v_tail), v_format, head_dim, start, coded, length, block_size)
+    visible = _visible(q.shape[2], start, length, causal, window, mask, starts, lengths, q.device)
+    scale = head_dim**-0.5 if scale is None else scale
+    out, lse = softmax_attention(rotate(q), k, v, visible, scale, softcap, sinks)
+    return rotate(out, inverse=True).to(q.dtype), lse
+
+
+def decode_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_codes: Tensor,
+    k_norms: Tensor | None,
+    k_means: Tensor | None,
+    k_tail: Tensor | None,
+    v_codes: Tensor,
+    v_norms: Tensor | None,
+    v_means: Tensor | None,
+    v_tail: Tensor | None,
+    k_format: str,
+    v_format: str,
+    start: int,
+    position: int,
+    coded: int,
+    coded_end: int,
+    block_size: int = 0,
+    encode: str = "fast",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    stores = (k_codes, k_norms, k_means, k_tail, v_codes, v_norms, v_means, v_tail, k_format, v_format)
+    encode_kv_(k, v, *stores, position, coded, coded_end, block_size, starts, encode)
+    length = position + k.shape[2]
+    return attend(q, *stores, start, coded_end, length, block_size, scale, softcap, window, sinks, mask, starts)
+
+
+# The seed-shaped operators: one sequence, head dims 256 and 512, unrounded codebooks, codes in nibbles or bytes
+
+
+def _seed_codebook(codebook_bits: int) -> tuple[fmt.Format, Tensor]:
+    name = "tq4" if codebook_bits == 4 else "tq8"
+    return fmt.FORMATS[name], fmt.exact_levels(codebook_bits)
+
+
+def _seed_norm_factor(head_dim: int, scale_factor_d512: float) -> float:
+    """What a stored norm is multiplied with: 256 stores lengths, 512 root mean squares times the scale factor."""
+    if head_dim == 256:
+        return head_dim**-0.5
+    return 1.0 / (scale_factor_d512 if scale_factor_d512 >= 1e-6 else 1.0)
+
+
+def _seed_quantise_(
+    x: Tensor, packed: Tensor, norms: Tensor, write_pos: int, is_sliding: bool, scale_factor: float, bits: int
+) -> None:
+    storage, codebook = _seed_codebook(bits)
+    rows = x if x.dim() == 3 else x[:, None]
+    capacity = packed.shape[1]
+    kept = rows[:, -capacity:]
+    begin = write_pos + rows.shape[1] - kept.shape[1]
+    slots = _positions(begin, begin + kept.shape[1], x.device)
+    slots = slots % capacity if is_sliding else slots
+    codes, rms = quantise(rotate(kept), codebook, preserve_norm=False)
+    packed[:, slots] = fmt.pack(codes, storage)
+    _split_norms(norms, x.shape[-1])[:, slots] = rms / _seed_norm_factor(x.shape[-1], scale_factor)
+
+
+def hadamard_quantize_kv(
+    x: Tensor,
+    packed: Tensor,
+    norms: Tensor,
+    write_pos: int,
+    is_sliding: bool = False,
+    scale_factor_d512: float = 1.0,
+) -> None:
+    _seed_quantise_(x, packed, norms, write_pos, is_sliding, scale_factor_d512, 4)
+
+
+def hadamard_quantize_kv_hb(
+    x: Tensor,
+    packed: Tensor,
+    norms: Tensor,
+    write_pos: int,
+    codebook_bits: int,
+    is_sliding: bool = False,
+    scale_factor_d512: float = 1.0,
+) -> None:
+    _seed_quantise_(x, packed, norms, write_pos, is_sliding, scale_factor_d512, codebook_bits)
+
+
+def _seed_rows(
+    store: Tensor, norms: Tensor | None, bits: int, head_dim: int, scale_factor: float, slots: Tensor
+) -> Tensor:
+    if store.dtype == torch.float16:
+        return store[:, slots].float()
+    assert norms is not None
+    storage, codebook = _seed_codebook(bits)
+    scaled = _split_norms(norms, head_dim)[:, slots] * _seed_norm_factor(head_dim, scale_factor)
+    return dequantise(fmt.unpack(store[:, slots], storage, head_dim), scaled, codebook)
+
+
+def _seed_attention(
+    q: Tensor,
+    k_store: Tensor,
+    k_norms: Tensor | None,
+    v_store: Tensor,
+    v_norms: Tensor | None,
+    bits: int,
+    kv_seq_len: int,
+    scale: float,
+    mask_type: int,
+    sliding_window: int,
+    softcap: float,
+    ring_start: int,
+    scale_factor_d512: float,
+    fuse_fwht_pre: bool,
+    nwg: int,
+    tmp: Tensor | None,
+) -> Tensor:
+    """Attention in the rotated domain, split over nwg contiguous parts whose partial results are merged."""
+    head_dim = q.shape[-1]
+    query = rotate(q) if fuse_fwht_pre else q
+    query = query.reshape(-1, 1, head_dim)
+    first = max(0, kv_seq_len - sliding_window) if mask_type == 2 and sliding_window > 0 else 0
+    parts = -(-(kv_seq_len - first) // nwg)
+    partial_out = q.new_zeros(query.shape[0], nwg, head_dim)
+    sums = q.new_zeros(query.shape[0], nwg, 2)
+    sums[..., 1] = -torch.inf
+    for part in range(nwg):
+        begin, end = first + part * parts, min(first + (part + 1) * parts, kv_seq_len)
+        if begin >= end:
+            continue
+        slots = (_positions(begin, end, q.device) + ring_start) % k_store.shape[1]
+        k = _seed_rows(k_store, k_norms, bits, head_dim, scale_factor_d512, slots)
+        v = _seed_rows(v_store, v_norms, bits, head_dim, scale_factor_d512, slots)
+        visible = torch.ones(1, 1, end - begin, dtype=torch.bool, device=q.device)
+        out, lse = softmax_attention(query[None], k[None], v[None], visible, scale, softcap, None)
+        partial_out[:, part] = out[0, :, 0]
+        sums[:, part, 0] = 1.0
+        sums[:, part, 1] = lse[0, :, 0]
+    if tmp is not None:
+        rows = query.shape[0] * nwg
+        tmp.view(-1)[: rows * head_dim] = partial_out.flatten()
+        tmp.view(-1)[rows * head_dim : rows * (head_dim + 2)] = sums.flatten()
+    return _merge(partial_out, sums).reshape(q.shape)
+
+
+def _merge(partial_out: Tensor, sums: Tensor) -> Tensor:
+    """Partial outputs [rows, nwg, D], each with its sum and maximum [rows, nwg, 2], as one output [rows, D]."""
+    weight = torch.exp(sums[..., 1] - sums[..., 1].amax(-1, keepdim=True))
+    weight = torch.where(sums[..., 0] > 0, weight, 0.0)
+    total = (weight * sums[..., 0]).sum(-1, keepdim=True)
+    return (weight[..., None] * partial_out).sum(1) / torch.where(total > 0, total, 1.0)
+
+
+def _split_tmp(tmp: Tensor, nrows: int, head_dim: int, nwg: int) -> tuple[Tensor, Tensor]:
+    flat = tmp.reshape(-1)
+    boundary = nrows * nwg * head_dim
+    return (
+        flat[:boundary].view(nrows, nwg, head_dim),
+        flat[boundary : boundary + nrows * nwg * 2].view(nrows, nwg, 2),
+    )
+
+
+def flash_attn_vec_reduce(tmp: Tensor, nrows: int, head_dim: int, nwg: int) -> Tensor:
+    return _merge(*_split_tmp(tmp, nrows, head_dim, nwg))
+
+
+def flash_attn_vec_reduce_tq_hb_undo(tmp: Tensor, nrows: int, head_dim: int, nwg: int) -> Tensor:
+    return rotate(flash_attn_vec_reduce(tmp, nrows, head_dim, nwg), inverse=True)
+
+
+def _nwg(kind: str, kv_seq_len: int, nwg: int) -> int:
+    return nwg or torch.ops.tqattn.launch_policy(kind, kv_seq_len)[0]
+
+
+def flash_attn_vec_tq(
+    q: Tensor,
+    k_packed: Tensor,
+    k_norms: Tensor,
+    v_packed: Tensor,
+    v_norms: Tensor,
+    kv_seq_len: int,
+    scale: float,
+    mask_type: int = 0,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    ring_start: int = 0,
+    scale_factor_d512: float = 1.0,
+    nwg: int = 0,
+    tmp: Tensor | None = None,
+) -> Tensor:
+    mask = (mask_type, sliding_window, softcap, ring_start, scale_factor_d512)
+    parts = _nwg("tq", kv_seq_len, nwg)
+    return _seed_attention(
+        q, k_packed, k_norms, v_packed, v_norms, 4, kv_seq_len, scale, *mask, fuse_fwht_pre=False, nwg=parts, tmp=tmp
+    )
+
+
+def flash_attn_vec_hybrid(
+    q: Tensor,
+    k_f16: Tensor,
+    v_packed: Tensor,
+    v_norms: Tensor | None,
+    kv_seq_len: int,
+    scale: float,
+    codebook_bits: int,
+    mask_type: int = 0,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    ring_start: int = 0,
+    scale_factor_d512: float = 1.0,
+    fuse_fwht_pre: bool = False,
+    nwg: int = 0,
+    nsg: int = 0,
+    tmp: Tensor | None = None,
+) -> Tensor:
+    mask = (mask_type, sliding_window, softcap, ring_start, scale_factor_d512)
+    parts = _nwg("hybrid", kv_seq_len, nwg)
+    return _seed_attention(
+        q, k_f16, None, v_packed, v_norms, codebook_bits, kv_seq_len, scale, *mask, fuse_fwht_pre, parts, tmp
+    )
+
+
+def flash_attn_vec_tq_hb(
+    q: Tensor,
+    k_packed: Tensor,
+    k_norms: Tensor,
+    v_packed: Tensor,
+    v_norms: Tensor,
+    kv_seq_len: int,
+    scale: float,
+    codebook_bits: int,
+    mask_type: int = 0,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    ring_start: int = 0,
+    scale_factor_d512: float = 1.0,
+    fuse_fwht_pre: bool = False,
+    nwg: int = 0,
+    nsg: int = 0,
+    tmp: Tensor | None = None,
+) -> Tensor:
+    mask = (mask_type, sliding_window, softcap, ring_start, scale_factor_d512)
+    parts = _nwg("tq_hb", kv_seq_len, nwg)
+    stores = (k_packed, k_norms, v_packed, v_norms)
+    return _seed_attention(q, *stores, codebook_bits, kv_seq_len, scale, *mask, fuse_fwht_pre, parts, tmp)
+
+
+def flash_attn_vec_tq_hb_with_fused_undo(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return rotate(flash_attn_vec_tq_hb(q, *args, **kwargs), inverse=True)
+
+
+def fwht_sign_premult(x: Tensor) -> Tensor:
+    return rotate(x)
+
+
+def fwht_sign_undo(x: Tensor) -> Tensor:
+    return rotate(x, inverse=True)

@@ -1,0 +1,27 @@
+// Arguments that the host and every kernel share. Scalars of 4 bytes only, so that all compilers lay them out alike.
+#pragma once
+
+#ifndef __METAL_VERSION__
+#include <cstdint>
+#endif
+
+// Positions are absolute: position p lives in slot p % slots of the coded store, or p % tail_slots of the dense tail.
+struct TqAttendParams {
+  uint32_t num_heads;
+  uint32_t num_kv_heads;
+  uint32_t q_len;
+  uint32_t head_dim;
+  uint32_t slots;       // rows of the coded store
+  uint32_t tail_slots;  // rows of the dense tail; 0 without one
+  uint32_t block_size;  // positions that share a mean; 0 without blocks
+  uint32_t start;       // first position that may be seen
+  uint32_t coded;       // first position that is in the dense tail
+  uint32_t length;      // positions seen so far: one past the newest
+  uint32_t window;      // a query sees this many positions, its own included; 0 for all
+  uint32_t causal;      // 1: query i is at position length - q_len + i and sees nothing newer
+  uint32_t mask_batch;  // batch entries in the mask: 0 without a mask, 1, or all
+  uint32_t mask_rows;   // query rows in the mask: 1 or q_len
+  uint32_t splits;      // parts that the positions are cut into; their results are merged
+  float scale;
+  float softcap;  // 0: none
+};
