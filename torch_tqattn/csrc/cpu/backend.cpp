@@ -1,7 +1,6 @@
 // The CPU backend: splits the work into tasks, and merges what they return.
 #include "../backend.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 
@@ -11,6 +10,7 @@
 
 #include "../launch_policy.h"
 #include "kernels.h"
+#include "parallel.h"
 
 namespace tqattn::cpu {
 
@@ -177,7 +177,7 @@ class CpuBackend final : public Backend {
     const int64_t head_dim = x.size(-1), rows = x.numel() / head_dim;
     const float* from = input.const_data_ptr<float>();
     float* to = out.mutable_data_ptr<float>();
-    at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    parallel_for(rows, 64, [&](int64_t begin, int64_t end) {
       kernels().rotate(from + begin * head_dim, to + begin * head_dim, end - begin, head_dim, inverse, 1.0f);
     });
   }
@@ -190,7 +190,7 @@ class CpuBackend final : public Backend {
     std::vector<Tensor> inputs;
     for (const EncodeCall::Input& input : call.inputs) inputs.push_back(input.x.to(at::kFloat).contiguous());
     const int64_t grain = std::max<int64_t>(1, 64 / std::max<int64_t>(tokens, 1));
-    at::parallel_for(0, heads * static_cast<int64_t>(inputs.size()), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(heads * static_cast<int64_t>(inputs.size()), grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t which = task / heads, head = task % heads;
         const float* x = inputs[which].const_data_ptr<float>() + head * tokens * head_dim;
@@ -223,7 +223,7 @@ class CpuBackend final : public Backend {
     float* outs = parts.mutable_data_ptr<float>();
     float* sums = outs + batch * heads * q_len * splits * head_dim;
     float* queries = q.mutable_data_ptr<float>();
-    at::parallel_for(0, batch * kv_heads * rows, 16, [&](int64_t begin, int64_t end) {
+    parallel_for(batch * kv_heads * rows, 16, [&](int64_t begin, int64_t end) {
       float* from = queries + begin * head_dim;
       if (call.rotate_q) {
         run.rotate(from, from, end - begin, head_dim, false, params.scale);
@@ -231,7 +231,7 @@ class CpuBackend final : public Backend {
         for (int64_t i = 0; i < (end - begin) * head_dim; ++i) from[i] *= params.scale;
       }
     });
-    at::parallel_for(0, tasks * splits, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(tasks * splits, 1, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
         const int64_t split = index % splits, task = index / splits;
         run_task(run, call, params, mask, queries, task / row_tiles, task % row_tiles * kMaxTaskRows, split, outs, sums);
@@ -245,7 +245,7 @@ class CpuBackend final : public Backend {
     const TqAttendParams& params = call.params;
     const int64_t positions = params.length - params.start, head_dim = params.head_dim;
     const int64_t heads = call.outs[0].size(0) * params.num_kv_heads;
-    at::parallel_for(0, heads * static_cast<int64_t>(call.sides.size()), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(heads * static_cast<int64_t>(call.sides.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t which = task / heads, head = task % heads;
         float* out = call.outs[which].mutable_data_ptr<float>() + head * positions * head_dim;
@@ -320,7 +320,7 @@ class CpuBackend final : public Backend {
     const Tensor sinks = call.sinks.has_value() ? call.sinks->to(at::kFloat).contiguous() : Tensor();
     float* out = result.mutable_data_ptr<float>();
     float* lse = call.lse.has_value() ? call.lse->mutable_data_ptr<float>() : nullptr;
-    at::parallel_for(0, batch * heads * q_len, 16, [&](int64_t begin, int64_t end) {
+    parallel_for(batch * heads * q_len, 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {  // in the order of outs: batch, KV head, token, head of the group
         const int64_t head_of_group = row % group, token = row / group % q_len, kv = row / (group * q_len);
         const int64_t head = kv * group + head_of_group;

@@ -9,6 +9,7 @@ namespace {
 #include "simd.h"
 
 constexpr int kMaxTile = 64;
+constexpr int kPrefetchBytes = 4096;  // how far ahead rows are fetched into the cache
 constexpr int kTileFloats = 8192;  // 32 KiB: positions a tile times head_dim
 
 int64_t tile_positions(int64_t head_dim) {
@@ -102,52 +103,105 @@ void rotate(const float* in, float* out, int64_t rows, int64_t head_dim, bool in
 
 // Each byte of a 1- or 2-bit plane, spread to one byte a code.
 struct SpreadTables {
-  uint64_t one_bit[256];
-  uint32_t two_bits[256];
-  SpreadTables() {
+  uint64_t one_bit[256]{};
+  uint32_t two_bits[256]{};
+  constexpr SpreadTables() {
     for (int byte = 0; byte < 256; ++byte) {
-      uint8_t ones[8], twos[4];
-      for (int i = 0; i < 8; ++i) ones[i] = (byte >> i) & 1;
-      for (int i = 0; i < 4; ++i) twos[i] = (byte >> (2 * i)) & 3;
-      std::memcpy(&one_bit[byte], ones, sizeof(ones));
-      std::memcpy(&two_bits[byte], twos, sizeof(twos));
+      for (int i = 0; i < 8; ++i) one_bit[byte] |= static_cast<uint64_t>((byte >> i) & 1) << (8 * i);
+      for (int i = 0; i < 4; ++i) two_bits[byte] |= static_cast<uint32_t>((byte >> (2 * i)) & 3) << (8 * i);
     }
   }
 };
 
-const SpreadTables& spread_tables() {
-  static const SpreadTables tables;
-  return tables;
+constexpr SpreadTables kSpread;  // code i is byte i of the word: x86-64 and arm64 are little-endian
+
+// Nibbles to a byte each: 16 bytes to 32 codes.
+TQ_INLINE void unpack_nibbles(const uint8_t* row, uint8_t* codes) {
+#if defined(__x86_64__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
+  const __m128i mask = _mm_set1_epi8(15);
+  const __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm_unpacklo_epi8(low, high));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm_unpackhi_epi8(low, high));
+#elif defined(__aarch64__)
+  const uint8x16_t bytes = vld1q_u8(row);
+  vst2q_u8(codes, uint8x16x2_t{vandq_u8(bytes, vdupq_n_u8(15)), vshrq_n_u8(bytes, 4)});
+#else
+  for (int i = 0; i < 16; ++i) {
+    codes[2 * i] = row[i] & 15;
+    codes[2 * i + 1] = row[i] >> 4;
+  }
+#endif
+}
+
+// 2-bit fields to a byte each, shifted: 16 bytes add to 64 codes.
+TQ_INLINE void add_two_bit_plane(const uint8_t* plane, int shift, uint8_t* codes) {
+#if defined(__x86_64__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(plane)), mask = _mm_set1_epi8(3);
+  const __m128i field0 = _mm_and_si128(bytes, mask), field1 = _mm_and_si128(_mm_srli_epi16(bytes, 2), mask);
+  const __m128i field2 = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+  const __m128i field3 = _mm_and_si128(_mm_srli_epi16(bytes, 6), mask);
+  const __m128i low01 = _mm_unpacklo_epi8(field0, field1), high01 = _mm_unpackhi_epi8(field0, field1);
+  const __m128i low23 = _mm_unpacklo_epi8(field2, field3), high23 = _mm_unpackhi_epi8(field2, field3);
+  const __m128i quarters[4] = {_mm_unpacklo_epi16(low01, low23), _mm_unpackhi_epi16(low01, low23),
+                               _mm_unpacklo_epi16(high01, high23), _mm_unpackhi_epi16(high01, high23)};
+  for (int i = 0; i < 4; ++i) {
+    __m128i* to = reinterpret_cast<__m128i*>(codes + 16 * i);
+    _mm_storeu_si128(to, _mm_or_si128(_mm_loadu_si128(to), _mm_slli_epi16(quarters[i], shift)));
+  }
+#else
+  for (int i = 0; i < 16; ++i) {
+    uint32_t word;
+    std::memcpy(&word, codes + 4 * i, 4);
+    word |= kSpread.two_bits[plane[i]] << shift;
+    std::memcpy(codes + 4 * i, &word, 4);
+  }
+#endif
+}
+
+// Bits to a byte each, shifted: 2 bytes add to 16 codes.
+TQ_INLINE void add_one_bit_plane(const uint8_t* plane, int shift, uint8_t* codes) {
+#if defined(TQ_ISA_AVX512)
+  uint16_t bits;
+  std::memcpy(&bits, plane, 2);
+  __m128i* to = reinterpret_cast<__m128i*>(codes);
+  const __m128i ones = _mm_maskz_set1_epi8(bits, static_cast<char>(1 << shift));
+  _mm_storeu_si128(to, _mm_or_si128(_mm_loadu_si128(to), ones));
+#else
+  for (int i = 0; i < 2; ++i) {
+    uint64_t word;
+    std::memcpy(&word, codes + 8 * i, 8);
+    word |= kSpread.one_bit[plane[i]] << shift;
+    std::memcpy(codes + 8 * i, &word, 8);
+  }
+#endif
 }
 
 // The codes of one row, a byte each; the row itself where it already is that.
 const uint8_t* unpack(const uint8_t* row, int64_t head_dim, const StorageFormat& format, uint8_t* codes) {
-  const SpreadTables& spread = spread_tables();
-  const uint8_t* high = row + head_dim * format.low_plane / 8;
   if (format.low_plane == 8) return row;
+  // Shifting within a word is shifting within each byte: the codes stay below 64.
+  const auto add_two_bits = [&](const uint8_t* plane, int shift) {
+    int64_t i = 0;
+    for (; i + 64 <= head_dim; i += 64) add_two_bit_plane(plane + i / 4, shift, codes + i);
+    for (; i < head_dim; ++i) codes[i] |= ((plane[i / 4] >> (2 * (i % 4))) & 3) << shift;
+  };
   if (format.low_plane == 4) {
-    for (int64_t i = 0; i < head_dim / 2; ++i) {
-      codes[2 * i] = row[i] & 15;
-      codes[2 * i + 1] = row[i] >> 4;
+    int64_t i = 0;
+    for (; i + 32 <= head_dim; i += 32) unpack_nibbles(row + i / 2, codes + i);
+    for (; i < head_dim; i += 2) {  // head_dim 80
+      codes[i] = row[i / 2] & 15;
+      codes[i + 1] = row[i / 2] >> 4;
     }
   } else {
-    for (int64_t i = 0; i < head_dim / 4; ++i) std::memcpy(codes + 4 * i, &spread.two_bits[row[i]], 4);
+    std::memset(codes, 0, head_dim);
+    add_two_bits(row, 0);
   }
-  // Shifting within a word is shifting within each byte: the codes stay below 64.
+  const uint8_t* high = row + head_dim * format.low_plane / 8;
   if (format.high_plane == 1) {
-    for (int64_t i = 0; i < head_dim / 8; ++i) {
-      uint64_t word;
-      std::memcpy(&word, codes + 8 * i, 8);
-      word |= spread.one_bit[high[i]] << format.low_plane;
-      std::memcpy(codes + 8 * i, &word, 8);
-    }
+    for (int64_t i = 0; i < head_dim; i += 16) add_one_bit_plane(high + i / 8, format.low_plane, codes + i);
   } else if (format.high_plane == 2) {
-    for (int64_t i = 0; i < head_dim / 4; ++i) {
-      uint32_t word;
-      std::memcpy(&word, codes + 4 * i, 4);
-      word |= spread.two_bits[high[i]] << format.low_plane;
-      std::memcpy(codes + 4 * i, &word, 4);
-    }
+    add_two_bits(high, format.low_plane);
   }
   return codes;
 }
@@ -280,7 +334,8 @@ class RowDecoder {
       half_row(reinterpret_cast<const c10::Half*>(store_.codes) + slot * head_dim, mean, head_dim, out);
       return;
     }
-    uint8_t buffer[TQ_MAX_HEAD_DIM];
+    __builtin_prefetch(store_.codes + slot * store_.row_bytes + kPrefetchBytes);
+    alignas(64) uint8_t buffer[TQ_MAX_HEAD_DIM];
     const uint8_t* codes = unpack(store_.codes + slot * store_.row_bytes, head_dim, *store_.format, buffer);
     const float* norms = store_.norms + slot * norm_groups(head_dim);
     switch (store_.codebook->bits) {

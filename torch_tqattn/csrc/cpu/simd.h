@@ -43,14 +43,6 @@ TQ_INLINE FloatVec load_half(const c10::Half* p) {
 #endif
 }
 
-// kWidth bytes as integers.
-TQ_INLINE IntVec load_bytes(const uint8_t* p) {
-  typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
-  Bytes bytes;
-  __builtin_memcpy(&bytes, p, sizeof(bytes));
-  return __builtin_convertvector(bytes, IntVec);
-}
-
 // e^x for x <= 0; 0 below -87, where the result would leave float32's normal numbers. NaN stays NaN.
 TQ_INLINE FloatVec exp_negative(FloatVec x) {
   const FloatVec clamped = max(broadcast(-87.0f), x);  // this order of arguments keeps a NaN
@@ -136,7 +128,7 @@ struct LevelTable {
 
 TQ_INLINE FloatVec look_up(const LevelTable& table, const uint8_t* codes, int bits) {
 #if defined(TQ_ISA_AVX512)
-  const __m512i index = (__m512i)load_bytes(codes);
+  const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
   const float* levels = table.levels;
   if (bits <= 4) return (FloatVec)_mm512_permutexvar_ps(index, _mm512_load_ps(levels));
   if (bits == 5) {
@@ -148,7 +140,7 @@ TQ_INLINE FloatVec look_up(const LevelTable& table, const uint8_t* codes, int bi
     return (FloatVec)_mm512_mask_blend_ps(_mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), low, high);
   }
 #elif defined(TQ_ISA_AVX2)
-  const __m256i index = (__m256i)load_bytes(codes);
+  const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
   const float* levels = table.levels;
   if (bits <= 5) {
     const __m256 a = _mm256_permutevar8x32_ps(_mm256_load_ps(levels), index);
