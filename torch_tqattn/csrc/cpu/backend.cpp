@@ -3,6 +3,7 @@
 
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <cmath>
@@ -222,13 +223,16 @@ class CpuBackend final : public Backend {
                                              : at::empty({batch * heads * q_len * splits * (head_dim + 2)}, q.options());
     float* outs = parts.mutable_data_ptr<float>();
     float* sums = outs + batch * heads * q_len * splits * head_dim;
-    float* queries = q.mutable_data_ptr<float>();
+    const float* given = q.const_data_ptr<float>();
+    const Tensor rotated = at::empty_like(q);
+    float* queries = rotated.mutable_data_ptr<float>();
     parallel_for(batch * kv_heads * rows, 16, [&](int64_t begin, int64_t end) {
-      float* from = queries + begin * head_dim;
+      const float* from = given + begin * head_dim;
+      float* to = queries + begin * head_dim;
       if (call.rotate_q) {
-        run.rotate(from, from, end - begin, head_dim, false, params.scale);
+        run.rotate(from, to, end - begin, head_dim, false, params.scale);
       } else {
-        for (int64_t i = 0; i < (end - begin) * head_dim; ++i) from[i] *= params.scale;
+        for (int64_t i = 0; i < (end - begin) * head_dim; ++i) to[i] = from[i] * params.scale;
       }
     });
     parallel_for(tasks * splits, 1, [&](int64_t begin, int64_t end) {

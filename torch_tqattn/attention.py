@@ -1,0 +1,219 @@
+"""Attention over a compressed cache: a function, and a module that owns its cache."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import format as fmt
+from .cache import MAX_WINDOW_QUERIES, CacheConfig, KVCache, _three_dimensional
+
+
+@overload
+def attention(
+    q: Tensor,
+    cache: KVCache,
+    scale: float | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    attn_mask: Tensor | None = ...,
+    causal: bool = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    cache: KVCache,
+    scale: float | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    attn_mask: Tensor | None = ...,
+    causal: bool = ...,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    cache: KVCache,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    causal: bool = True,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of the newest tokens' queries over what the cache holds, computed from its codes.
+
+    Args:
+        q: [batch, heads, tokens, head_dim], float32, float16 or bfloat16; query i belongs to the cache's position
+            length - tokens + i. Query heads are grouped over KV heads: head h uses KV head h // (heads / kv_heads).
+        cache: the cache, the queries' own tokens already appended.
+        scale: factor of the logits; 1 / sqrt(head_dim) if None.
+        softcap: logits become softcap * tanh(logits / softcap); 0 for none.
+        sinks: [heads], a logit for each head that takes weight but has no value.
+        attn_mask: bool [1 or batch, (1,) 1 or tokens, positions], True where a query may look. The positions are
+            len(cache), or with a window all that any of these queries may see: window - 1 before the first of them.
+        causal: query i sees nothing newer than its own position; False lets every query see everything.
+        return_lse: also return the log-sum-exp of each query's logits, its sink included.
+
+    Returns:
+        out [batch, heads, tokens, head_dim] in q's dtype; with return_lse also lse [batch, heads, tokens], float32. A
+        query that sees nothing gets zeros, and an lse of -inf without a sink.
+
+    Raises:
+        ValueError: arguments that do not fit each other, or more queries than the cache has tokens for.
+    """
+    if q.dim() != 4:
+        raise ValueError(f"q must be [batch, heads, tokens, head_dim], got shape {list(q.shape)}")
+    if causal and q.shape[2] > cache._length:
+        raise ValueError(
+            f"q has {q.shape[2]} tokens but the cache holds {len(cache)}: queries belong to the cache's newest tokens, "
+            "append their keys and values first"
+        )
+    out, lse = torch.ops.tqattn.attend(
+        q,
+        *cache._stores(),
+        start=cache._begin(q.shape[2]),
+        coded=cache._coded,
+        length=cache._length,
+        block_size=cache.config.block,
+        scale=scale,
+        softcap=softcap,
+        window=cache.config.window or 0,
+        sinks=sinks,
+        mask=_three_dimensional(attn_mask),
+        starts=cache._starts,
+        causal=causal,
+    )
+    return (out, lse) if return_lse else out
+
+
+class TQAttention(nn.Module):
+    """Causal attention that keeps its keys and values compressed; one for each layer of a model.
+
+    Rotation, cache and masking are inside: `forward` takes and returns ordinary tensors. The cache is allocated at the
+    first call, with that call's batch size and device.
+
+    Args:
+        num_heads, num_kv_heads, head_dim: the layer's sizes.
+        max_seq_len: tokens that the cache can hold.
+        k_format, v_format, window, block_size, residual_length, encode: as for KVCache.
+        scale, softcap: as for `attention`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    cache: KVCache | None
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_seq_len: int,
+        k_format: str = "tq8",
+        v_format: str = "tq4",
+        *,
+        window: int | None = None,
+        block_size: int = fmt.DEFAULT_BLOCK_SIZE,
+        residual_length: int = 0,
+        encode: str = "fast",
+        scale: float | None = None,
+        softcap: float = 0.0,
+    ) -> None:
+        super().__init__()
+        # A wrong argument is reported here, not at the first token.
+        config = CacheConfig(
+            1, num_kv_heads, head_dim, max_seq_len, k_format, v_format, window, block_size, residual_length, encode
+        )
+        if num_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads {num_heads} must be a positive multiple of num_kv_heads {num_kv_heads}")
+        self._config = config
+        self.num_heads = num_heads
+        self.scale = scale
+        self.softcap = softcap
+        self.cache = None
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        sinks: Tensor | None = None,
+        left_padding: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """Append k and v, then attend causally with q: a prompt, or one token.
+
+        Args:
+            q: [batch, num_heads, tokens, head_dim].
+            k, v: [batch, num_kv_heads, tokens, head_dim].
+            attn_mask, sinks: as for `attention`.
+            left_padding: with the first tokens only, as for KVCache.append.
+
+        Returns:
+            [batch, num_heads, tokens, head_dim] in q's dtype.
+
+        Raises:
+            ValueError: shapes that do not fit, or no room left. Nothing is written.
+        """
+        if q.dim() != 4 or q.shape[1] != self.num_heads:
+            raise ValueError(
+                f"q must be [batch, {self.num_heads}, tokens, {self._config.head_dim}], got shape {list(q.shape)}"
+            )
+        cache = self.cache
+        if cache is None:
+            cache = self._allocate(q.shape[0], q.device)
+        options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
+        chunk = MAX_WINDOW_QUERIES if cache.config.is_ring else max(q.shape[2], 1)
+        if q.shape[2] > chunk and attn_mask is not None:
+            raise ValueError(f"with a window, attn_mask needs at most {chunk} tokens a call, got {q.shape[2]}")
+        outs = []
+        for begin in range(0, max(q.shape[2], 1), chunk):
+            part = slice(begin, begin + chunk)
+            tokens = (q[:, :, part], k[:, :, part], v[:, :, part])
+            outs.append(cache.step(*tokens, attn_mask=attn_mask, left_padding=left_padding, **options)[0])
+            left_padding = None
+        self.cache = cache  # a first call that failed leaves no cache behind
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def reset(self) -> None:
+        """Forget all tokens, and the batch size with them."""
+        self.cache = None
+
+    def extra_repr(self) -> str:
+        c = self._config
+        return f"{self.num_heads} heads on {c.num_kv_heads} of {c.head_dim}, {c.k_format}/{c.v_format}, {self.cache}"
+
+    def get_extra_state(self) -> dict[str, Any] | None:
+        return None if self.cache is None else self.cache.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            self.cache = None
+            return
+        cache = self._allocate(state["config"]["batch_size"], state["tensors"]["k_codes"].device)
+        cache.load_state_dict(state)
+        self.cache = cache
+
+    def _allocate(self, batch_size: int, device: torch.device) -> KVCache:
+        c = self._config
+        return KVCache(
+            batch_size,
+            c.num_kv_heads,
+            c.head_dim,
+            c.capacity,
+            c.k_format,
+            c.v_format,
+            device,
+            c.window,
+            c.block_size,
+            c.residual_length,
+            c.encode,
+        )

@@ -1,0 +1,530 @@
+"""KVCache: a TurboQuant-compressed key-value cache of one attention layer."""
+
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from . import format as fmt
+
+# Query tokens that may attend at once to a windowed cache: its ring keeps this many positions beyond the window.
+MAX_WINDOW_QUERIES = 128
+FILE_KIND = "torch_tqattn.KVCache"
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What a cache is made of; everything but its contents."""
+
+    batch_size: int
+    num_kv_heads: int
+    head_dim: int
+    capacity: int
+    k_format: str
+    v_format: str
+    window: int | None
+    block_size: int
+    residual_length: int
+    encode: str
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_kv_heads", "capacity"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        fmt.check_head_dim(self.head_dim)
+        fmt.get_format(self.k_format)
+        fmt.get_format(self.v_format)
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise ValueError(f"window must be None (all positions) or a positive integer, got {self.window!r}")
+        for name in ("block_size", "residual_length"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"{name} must be a non-negative integer, got {getattr(self, name)!r}")
+        if self.residual_length and not self.block_size:
+            raise ValueError(
+                f"residual_length {self.residual_length} needs blocks: with block_size 0 every token is coded at once"
+            )
+        if self.encode not in ("fast", "plain"):
+            raise ValueError(f"unknown encode {self.encode!r}; choose fast or plain")
+
+    @property
+    def formats(self) -> tuple[fmt.Format, fmt.Format]:
+        return fmt.FORMATS[self.k_format], fmt.FORMATS[self.v_format]
+
+    @property
+    def block(self) -> int:
+        """Positions coded at a time; 0 if each token is stored as it comes. A cache that codes nothing needs no blocks."""
+        return self.block_size if any(side.is_coded for side in self.formats) else 0
+
+    @property
+    def is_ring(self) -> bool:
+        return self.window is not None and self.capacity >= self.window
+
+    @property
+    def slots(self) -> int:
+        unit = self.block or 1
+        if self.window is not None and self.is_ring:
+            return -(-(self.window + MAX_WINDOW_QUERIES - 1) // unit) * unit
+        return self.capacity // unit * unit  # what is left of a block waits in the tail
+
+    @property
+    def tail_slots(self) -> int:
+        return self.block + self.residual_length if self.block else 0
+
+
+@dataclass
+class _Side:
+    """Buffers of K or of V; csrc/backend.h gives their shapes."""
+
+    codes: Tensor
+    norms: Tensor | None
+    means: Tensor | None
+    tail: Tensor | None
+
+    @classmethod
+    def allocate(cls, config: CacheConfig, storage: fmt.Format, device: torch.device | str | None) -> "_Side":
+        lead = (config.batch_size, config.num_kv_heads)
+        groups = storage.norms_per_row(config.head_dim)
+        width = storage.row_bytes(config.head_dim) if storage.is_coded else config.head_dim
+        dtype = torch.uint8 if storage.is_coded else torch.float16
+        norm_shape = (*lead, config.slots) if groups == 1 else (*lead, config.slots, groups)
+        mean_shape = (*lead, config.slots // config.block, config.head_dim) if config.block else None
+        tail_shape = (*lead, config.tail_slots, config.head_dim)
+
+        def half(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float16, device=device)
+
+        return cls(
+            codes=torch.zeros(*lead, config.slots, width, dtype=dtype, device=device),
+            norms=torch.zeros(norm_shape, device=device) if groups else None,
+            means=half(*mean_shape) if mean_shape and storage.is_coded else None,
+            tail=half(*tail_shape) if config.block else None,
+        )
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+class KVCache:
+    """Keys and values of one attention layer, compressed.
+
+    Tokens are coded in blocks of `block_size` around the mean of their block; the newest ones wait, dense in half
+    precision, until a block is full. Positions are counted from 0 for the first token ever appended; sequences of a
+    batch have the same length, those with less to say are padded on the left.
+
+    Args:
+        batch_size, num_kv_heads, head_dim: sizes; head_dim is one of format.HEAD_DIMS.
+        capacity: tokens the cache can hold. With a window that fits the capacity it is a ring buffer and never full.
+        k_format, v_format: storage of keys and values, names in format.FORMATS.
+        device: where the buffers are; the default device if None.
+        window: tokens that a query sees, its own included; None for all.
+        block_size: tokens coded at a time around their mean; 0 codes each token as it comes, without a mean.
+        residual_length: the newest tokens that always stay dense.
+        encode: "fast" scales a decoded group to its original norm; "plain" keeps the scale it was quantised at.
+
+    Raises:
+        ValueError: an argument is out of range; the message names what was given and what is supported.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        k_format: str = "tq8",
+        v_format: str = "tq4",
+        device: torch.device | str | None = None,
+        window: int | None = None,
+        block_size: int = fmt.DEFAULT_BLOCK_SIZE,
+        residual_length: int = 0,
+        encode: str = "fast",
+    ) -> None:
+        self.config = CacheConfig(
+            batch_size,
+            num_kv_heads,
+            head_dim,
+            capacity,
+            k_format,
+            v_format,
+            window,
+            block_size,
+            residual_length,
+            encode,
+        )
+        k_side, v_side = self.config.formats
+        self._k = _Side.allocate(self.config, k_side, device)
+        self._v = _Side.allocate(self.config, v_side, device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay."""
+        self._length = 0  # positions appended
+        self._coded = 0  # the first position that is in the tail
+        self._stored = 0  # the first position whose codes have not been overwritten
+        self._first = 0  # the first position that may still be seen
+        self._starts: Tensor | None = None  # int32 [batch]: the first token after the padding
+
+    # What it holds
+
+    def __len__(self) -> int:
+        """Positions that it holds for the newest token to see: all that were appended, or the window's."""
+        return self._length - self._begin(1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, used or not."""
+        tensors = [*self._k.buffers().values(), *self._v.buffers().values()]
+        tensors += [] if self._starts is None else [self._starts]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def device(self) -> torch.device:
+        return self._k.codes.device
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"KVCache({c.k_format}/{c.v_format}, {len(self)} of {c.capacity} tokens, batch {c.batch_size}, "
+            f"{c.num_kv_heads} heads of {c.head_dim}, window {c.window}, {self.nbytes} bytes on {self.device})"
+        )
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """What the cache holds, unrotated: k and v, float32 [batch, kv_heads, len(self), head_dim], oldest first.
+
+        Padding comes out as zeros.
+        """
+        return self._decode(self._begin(1), rotated=False)
+
+    # Writing
+
+    def append(self, k: Tensor, v: Tensor, left_padding: Tensor | Sequence[int] | None = None) -> None:
+        """Store new tokens.
+
+        Args:
+            k, v: [batch, kv_heads, tokens, head_dim]; float32, float16 or bfloat16, any strides.
+            left_padding: with the first tokens only: how many positions of each sequence are padding. They may be more
+                than these tokens; they are never seen, and in no mean.
+
+        Raises:
+            ValueError: shapes, types or devices do not fit, or the tokens do not fit the capacity. Nothing is written.
+        """
+        if k.dim() != 4:
+            raise ValueError(f"k must be [batch, kv_heads, tokens, head_dim], got shape {list(k.shape)}")
+        starts = self._padding_starts(left_padding)
+        coded_end = self._coded_end(k.shape[2])
+        torch.ops.tqattn.encode_kv_(
+            k,
+            v,
+            *self._stores(),
+            position=self._length,
+            coded=self._coded,
+            coded_end=coded_end,
+            block_size=self.config.block,
+            starts=starts,
+            encode=self.config.encode,
+        )
+        self._advance(k.shape[2], coded_end, starts)
+
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        left_padding: Tensor | Sequence[int] | None = None,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Append k, v and attend causally with q, in one operator call: one step of a decode loop, or a prompt.
+
+        Takes what `append` and `attention` take, and returns (out, lse) as `attention` does with return_lse.
+        """
+        if k.dim() != 4 or q.dim() != 4 or q.shape[2] != k.shape[2]:
+            raise ValueError(
+                "q, k and v must be [batch, heads, tokens, head_dim] with as many tokens each, "
+                f"got shapes {list(q.shape)} and {list(k.shape)}"
+            )
+        starts = self._padding_starts(left_padding)
+        tokens = k.shape[2]
+        coded_end = self._coded_end(tokens)
+        stored = max(self._stored, coded_end - self.config.slots)
+        begin = self._begin(tokens, self._length + tokens, stored)
+        result = torch.ops.tqattn.decode_step_(
+            q,
+            k,
+            v,
+            *self._stores(),
+            start=begin,
+            position=self._length,
+            coded=self._coded,
+            coded_end=coded_end,
+            block_size=self.config.block,
+            encode=self.config.encode,
+            scale=scale,
+            softcap=softcap,
+            window=self.config.window or 0,
+            sinks=sinks,
+            mask=_three_dimensional(attn_mask),
+            starts=starts,
+        )
+        self._advance(tokens, coded_end, starts)
+        return result
+
+    def crop(self, length: int) -> None:
+        """Forget the newest tokens.
+
+        Args:
+            length: keep the oldest `length` of the len(self) positions. Negative: forget the newest -length tokens, as
+                after rejected speculation; a windowed cache then sees again what its window had just left behind.
+
+        Raises:
+            ValueError: more than the cache holds.
+        """
+        held = len(self)
+        if not -held <= length <= held:
+            raise ValueError(f"cannot crop to {length}: the cache holds {held} tokens; choose {-held} to {held}")
+        end = self._length + length if length < 0 else self._begin(1) + length
+        if length >= 0:
+            self._first = self._begin(1)
+        if end < self._coded:
+            block = self.config.block
+            coded = end // block * block if block else end
+            if coded < end:  # what is kept of a coded block goes back to the tail
+                for side, rows in zip((self._k, self._v), self._decode(coded, end, rotated=True), strict=True):
+                    assert side.tail is not None
+                    slots = torch.arange(coded, end, device=self.device) % self.config.tail_slots
+                    side.tail[:, :, slots] = _half(rows)
+            self._coded = coded
+        self._length = end
+
+    # The batch
+
+    def reorder(self, index: Tensor | Sequence[int]) -> None:
+        """Sequence i becomes what sequence index[i] was (beam search). `index` has one entry a sequence."""
+        index = self._batch_index(index)
+        if len(index) != self.config.batch_size:
+            raise ValueError(
+                f"reorder needs an index for each of {self.config.batch_size} sequences, got {len(index)}; "
+                "use select to change the batch size"
+            )
+        self._take(index)
+
+    def select(self, index: Tensor | Sequence[int]) -> None:
+        """Keep the sequences `index`, in that order and as often as they are named: the batch size may change."""
+        index = self._batch_index(index)
+        self._take(index)
+        self.config = CacheConfig(**{**asdict(self.config), "batch_size": len(index)})
+
+    # Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Contents and configuration, for load_state_dict. Tensors are copies of the rows in use."""
+        counters = {"length": self._length, "coded": self._coded, "stored": self._stored, "first": self._first}
+        state: dict[str, Any] = {"version": fmt.FORMAT_VERSION, "config": asdict(self.config), "counters": counters}
+        tensors = {}
+        for name, buffer in self._named_buffers().items():
+            tensors[name] = buffer[:, :, : self._rows_in_use(name)].clone()
+        if self._starts is not None:
+            tensors["starts"] = self._starts.clone()
+        return {**state, "tensors": tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what state_dict returned, from a cache of the same configuration on any device.
+
+        Raises:
+            ValueError: another version or configuration, or tensors that do not fit it. The cache is left as it was.
+        """
+        if CacheConfig(**state["config"]) != self.config:
+            raise ValueError(f"the state is of a cache with {state['config']}, but this one has {asdict(self.config)}")
+        if state["version"] != fmt.FORMAT_VERSION:
+            raise ValueError(f"the state has format version {state['version']}, supported is {fmt.FORMAT_VERSION}")
+        fresh = KVCache(**state["config"], device=self.device)
+        fresh._fill(state)
+        self.__dict__.update(fresh.__dict__)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a safetensors file whose header states version, configuration and checksums."""
+        state = self.state_dict()
+        tensors = {name: t.contiguous().cpu() for name, t in state.pop("tensors").items()}
+        header = {"kind": FILE_KIND, **state, "crc32": {name: _checksum(t) for name, t in tensors.items()}}
+        # A reader, or a crash, never sees half a file.
+        folder = Path(path).resolve().parent
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=Path(path).name, suffix=".tmp")
+        os.close(descriptor)
+        try:
+            safetensors.torch.save_file(tensors, temporary, {"torch_tqattn": json.dumps(header)})
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> "KVCache":
+        """Read a cache that `save` wrote, on any device, onto `device`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is not such a cache, of another version, or damaged.
+        """
+        try:
+            with safetensors.safe_open(str(path), "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = json.loads(metadata["torch_tqattn"])
+            if header["kind"] != FILE_KIND or header["version"] != fmt.FORMAT_VERSION:
+                raise ValueError(
+                    f"it holds {header['kind']} version {header['version']}, "
+                    f"supported is {FILE_KIND} version {fmt.FORMAT_VERSION}"
+                )
+            for name, tensor in tensors.items():
+                if header["crc32"].get(name) != _checksum(tensor):
+                    raise ValueError(f"the checksum of {name} is wrong: the file is damaged")
+            cache = cls(**header["config"], device=device)
+            cache._fill({**header, "tensors": tensors})
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} is not a readable torch_tqattn cache: {error}") from error
+        return cache
+
+    # Inside
+
+    def _stores(self) -> tuple[Any, ...]:
+        k, v = self._k, self._v
+        tensors = (k.codes, k.norms, k.means, k.tail, v.codes, v.norms, v.means, v.tail)
+        return (*tensors, self.config.k_format, self.config.v_format)
+
+    def _named_buffers(self) -> dict[str, Tensor]:
+        return {f"{side}_{name}": b for side in "kv" for name, b in getattr(self, f"_{side}").buffers().items()}
+
+    def _begin(self, queries: int, length: int | None = None, stored: int | None = None) -> int:
+        """The first position that the newest `queries` tokens of `length` see; ValueError if it is gone."""
+        length = self._length if length is None else length
+        if self.config.window is None:
+            return self._first
+        begin = max(self._first, length - queries - self.config.window + 1)
+        stored = self._stored if stored is None else stored
+        if begin < stored and queries > 1:
+            raise ValueError(
+                f"{queries} query tokens see positions from {begin} on, but a cache with window {self.config.window} "
+                f"holds only those from {stored} on; append and attend at most {MAX_WINDOW_QUERIES} tokens at a time"
+            )
+        return max(begin, stored)
+
+    def _coded_end(self, tokens: int) -> int:
+        """The first position in the tail once `tokens` more have come; ValueError if they do not fit."""
+        end = self._length + tokens
+        if not self.config.is_ring and end - self._first > self.config.capacity:
+            raise ValueError(
+                f"{tokens} more tokens do not fit: the cache holds {len(self)} of {self.config.capacity}; "
+                "crop or reset it, or make it with a larger capacity or a window"
+            )
+        if not self.config.block:
+            return end
+        full = (end - self.config.residual_length) // self.config.block * self.config.block
+        return max(self._coded, full)
+
+    def _advance(self, tokens: int, coded_end: int, starts: Tensor | None) -> None:
+        self._length += tokens
+        self._coded = coded_end
+        self._stored = max(self._stored, coded_end - self.config.slots)
+        self._starts = starts
+
+    def _padding_starts(self, left_padding: Tensor | Sequence[int] | None) -> Tensor | None:
+        if left_padding is None:
+            return self._starts
+        if self._length:
+            raise ValueError(f"left_padding comes with the first tokens, but the cache holds {self._length} already")
+        padding = torch.as_tensor(left_padding)
+        if padding.shape != (self.config.batch_size,) or padding.is_floating_point() or padding.min() < 0:
+            raise ValueError(
+                f"left_padding must be {self.config.batch_size} non-negative integers, one a sequence, got {padding}"
+            )
+        return padding.to(device=self.device, dtype=torch.int32) if padding.any() else None
+
+    def _decode(self, begin: int, end: int | None = None, *, rotated: bool) -> tuple[Tensor, Tensor]:
+        """Rows of positions begin..end (to the newest if None), [batch, kv_heads, end - begin, head_dim]."""
+        end = self._length if end is None else end
+        coded = self._coded if self.config.block else end
+        k, v = torch.ops.tqattn.decode_kv(
+            *self._stores(),
+            head_dim=self.config.head_dim,
+            start=begin,
+            coded=coded,
+            length=max(coded, end),  # whole blocks, of which the rows asked for are the first
+            block_size=self.config.block,
+            starts=self._starts,
+            rotated=rotated,
+        )
+        return k[:, :, : end - begin], v[:, :, : end - begin]
+
+    def _batch_index(self, index: Tensor | Sequence[int]) -> Tensor:
+        index = torch.as_tensor(index)
+        size = self.config.batch_size
+        if index.dim() != 1 or not len(index) or index.is_floating_point() or index.min() < 0 or index.max() >= size:
+            raise ValueError(f"the index must name sequences 0 to {size - 1}, got {index}")
+        return index.to(device=self.device, dtype=torch.int64)
+
+    def _take(self, index: Tensor) -> None:
+        for side in (self._k, self._v):
+            for name, buffer in side.buffers().items():
+                setattr(side, name, buffer.index_select(0, index))
+        if self._starts is not None:
+            self._starts = self._starts.index_select(0, index)
+
+    def _rows_in_use(self, name: str) -> int:
+        used = min(self._coded, self.config.slots)
+        if name.endswith("tail"):
+            return self.config.tail_slots
+        return -(-used // self.config.block) if name.endswith("means") else used
+
+    def _fill(self, state: dict[str, Any]) -> None:
+        """Take contents over into this new cache; ValueError if they do not fit it."""
+        counters = {name: state["counters"][name] for name in ("length", "coded", "stored", "first")}
+        if not all(isinstance(count, int) and 0 <= count <= counters["length"] for count in counters.values()):
+            raise ValueError(f"the counters contradict each other: {counters}")
+        self._length, self._coded = counters["length"], counters["coded"]
+        self._stored, self._first = counters["stored"], counters["first"]
+        tensors = dict(state["tensors"])
+        starts = tensors.pop("starts", None)
+        buffers = self._named_buffers()
+        if set(tensors) != set(buffers):
+            raise ValueError(f"it has tensors {sorted(tensors)}, expected {sorted(buffers)}")
+        for name, buffer in buffers.items():
+            used = buffer[:, :, : self._rows_in_use(name)]
+            if tensors[name].shape != used.shape or tensors[name].dtype != used.dtype:
+                raise ValueError(
+                    f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, "
+                    f"expected {used.dtype} {list(used.shape)}"
+                )
+            used.copy_(tensors[name])
+        if starts is not None:
+            if starts.shape != (self.config.batch_size,) or starts.dtype != torch.int32:
+                raise ValueError(f"starts is {starts.dtype} {list(starts.shape)}, expected int32 [batch]")
+            self._starts = starts.to(self.device)
+
+
+def _half(rows: Tensor) -> Tensor:
+    return torch.where(rows.isinf(), rows, rows.clamp(-fmt.HALF_MAX, fmt.HALF_MAX)).half()
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+
+
+def _three_dimensional(mask: Tensor | None) -> Tensor | None:
+    """A mask [batch, tokens, positions] from that or from [batch, 1, tokens, positions]."""
+    if mask is not None and mask.dim() == 4 and mask.shape[1] == 1:
+        return mask[:, 0]
+    return mask
