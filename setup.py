@@ -17,7 +17,9 @@ setup(
         CppExtension(
             "torch_tqattn._C",
             sources=sorted(str(path) for folder in (CSRC, CSRC / "cpu") for path in folder.glob("*.cpp")),
-            depends=[str(path) for pattern in ("csrc/**/*.h", "shaders/*.h") for path in Path("torch_tqattn").glob(pattern)],
+            depends=[
+                str(path) for pattern in ("csrc/**/*.h", "shaders/*.h") for path in Path("torch_tqattn").glob(pattern)
+            ],
             extra_compile_args=COMPILE_ARGS,
         )
     ],

@@ -1,5 +1,6 @@
 """Attention over a compressed cache: a function, and a module that owns its cache."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -70,7 +71,7 @@ def attention(
     """
     if q.dim() != 4:
         raise ValueError(f"q must be [batch, heads, tokens, head_dim], got shape {list(q.shape)}")
-    if causal and q.shape[2] > cache._length:
+    if causal and q.shape[2] > cache._length - cache._first:
         raise ValueError(
             f"q has {q.shape[2]} tokens but the cache holds {len(cache)}: queries belong to the cache's newest tokens, "
             "append their keys and values first"
@@ -132,8 +133,12 @@ class TQAttention(nn.Module):
         config = CacheConfig(
             1, num_kv_heads, head_dim, max_seq_len, k_format, v_format, window, block_size, residual_length, encode
         )
-        if num_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_heads {num_heads} must be a positive multiple of num_kv_heads {num_kv_heads}")
+        if not isinstance(num_heads, int) or num_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads {num_heads!r} must be a positive multiple of num_kv_heads {num_kv_heads}")
+        if scale is not None and not math.isfinite(scale):
+            raise ValueError(f"scale must be None (1 / sqrt(head_dim)) or finite, got {scale}")
+        if not math.isfinite(softcap) or softcap < 0:
+            raise ValueError(f"softcap must be 0 (none) or a positive number, got {softcap}")
         self._config = config
         self.num_heads = num_heads
         self.scale = scale
@@ -151,6 +156,9 @@ class TQAttention(nn.Module):
     ) -> Tensor:
         """Append k and v, then attend causally with q: a prompt, or one token.
 
+        The result does not depend on how a prompt is cut into calls: a query sees its own block dense, and codes where
+        it would when tokens come one by one.
+
         Args:
             q: [batch, num_heads, tokens, head_dim].
             k, v: [batch, num_kv_heads, tokens, head_dim].
@@ -161,24 +169,41 @@ class TQAttention(nn.Module):
             [batch, num_heads, tokens, head_dim] in q's dtype.
 
         Raises:
-            ValueError: shapes that do not fit, or no room left. Nothing is written.
+            ValueError: shapes that do not fit, or no room left; then nothing is written.
         """
         if q.dim() != 4 or q.shape[1] != self.num_heads:
             raise ValueError(
                 f"q must be [batch, {self.num_heads}, tokens, {self._config.head_dim}], got shape {list(q.shape)}"
             )
+        if any(x.dim() != 4 or x.shape[2] != q.shape[2] for x in (k, v)):
+            raise ValueError(
+                "q, k and v must be [batch, heads, tokens, head_dim] with as many tokens each, "
+                f"got shapes {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+            )
+        if k.dim() != 4 or k.shape != v.shape or k.shape[2] != q.shape[2]:
+            raise ValueError(
+                f"k and v must be [batch, {self._config.num_kv_heads}, tokens, {self._config.head_dim}] with as many "
+                f"tokens as q, got shapes {list(k.shape)}, {list(v.shape)} and q {list(q.shape)}"
+            )
         cache = self.cache
         if cache is None:
             cache = self._allocate(q.shape[0], q.device)
+        cache.check_room(q.shape[2])  # for the whole prompt, before its first part is written
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
-        chunk = MAX_WINDOW_QUERIES if cache.config.is_ring else max(q.shape[2], 1)
-        if q.shape[2] > chunk and attn_mask is not None:
-            raise ValueError(f"with a window, attn_mask needs at most {chunk} tokens a call, got {q.shape[2]}")
         outs = []
-        for begin in range(0, max(q.shape[2], 1), chunk):
-            part = slice(begin, begin + chunk)
+        done = 0
+        while done < q.shape[2] or not outs:
+            # Cut where blocks are coded: a query then sees its own block dense, as it does when tokens come one by one.
+            chunk = min(q.shape[2] - done, cache.tokens_before_coding())
+            if cache.config.is_ring:
+                chunk = min(chunk, MAX_WINDOW_QUERIES)
+            part = slice(done, done + chunk)
+            done += chunk
+            mask = attn_mask
+            if mask is not None and chunk < q.shape[2]:
+                mask = self._mask_part(mask, part, q.shape[2])
             tokens = (q[:, :, part], k[:, :, part], v[:, :, part])
-            outs.append(cache.step(*tokens, attn_mask=attn_mask, left_padding=left_padding, **options)[0])
+            outs.append(cache.step(*tokens, attn_mask=mask, left_padding=left_padding, **options)[0])
             left_padding = None
         self.cache = cache  # a first call that failed leaves no cache behind
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
@@ -201,6 +226,13 @@ class TQAttention(nn.Module):
         cache = self._allocate(state["config"]["batch_size"], state["tensors"]["k_codes"].device)
         cache.load_state_dict(state)
         self.cache = cache
+
+    def _mask_part(self, mask: Tensor, part: slice, tokens: int) -> Tensor:
+        """The rows of a mask [..., tokens or 1, positions] for some of the tokens, and the positions up to them."""
+        if self._config.window is not None:
+            raise ValueError(f"with a window, attn_mask cannot be cut to fit {tokens} tokens: pass fewer at a time")
+        rows = mask if mask.shape[-2] == 1 else mask[..., part, :]
+        return rows[..., : mask.shape[-1] - (tokens - part.stop)]
 
     def _allocate(self, batch_size: int, device: torch.device) -> KVCache:
         c = self._config

@@ -40,7 +40,8 @@ class CacheConfig:
         for name in ("batch_size", "num_kv_heads", "capacity"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        fmt.check_head_dim(self.head_dim)
+        if not isinstance(fmt.check_head_dim(self.head_dim), int):
+            raise ValueError(f"head_dim must be an integer, got {self.head_dim!r}")
         fmt.get_format(self.k_format)
         fmt.get_format(self.v_format)
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
@@ -117,7 +118,7 @@ class KVCache:
     """Keys and values of one attention layer, compressed.
 
     Tokens are coded in blocks of `block_size` around the mean of their block; the newest ones wait, dense in half
-    precision, until a block is full. Positions are counted from 0 for the first token ever appended; sequences of a
+    precision, until a block is full and the next token comes. Positions are counted from 0 for the first token ever appended; sequences of a
     batch have the same length, those with less to say are padded on the left.
 
     Args:
@@ -281,6 +282,21 @@ class KVCache:
         self._advance(tokens, coded_end, starts)
         return result
 
+    def check_room(self, tokens: int) -> None:
+        """ValueError if `tokens` more do not fit."""
+        end = self._length + tokens
+        if not self.config.is_ring and end - self._first > self.config.capacity:
+            raise ValueError(
+                f"{tokens} more tokens do not fit: the cache holds {len(self)} of {self.config.capacity}; "
+                "crop or reset it, or make it with a larger capacity or a window"
+            )
+
+    def tokens_before_coding(self) -> int:
+        """How many more tokens see each other dense: appending one more codes a block."""
+        if not self.config.block:
+            return 1 << 31
+        return self.config.block - (self._length - self.config.residual_length) % self.config.block
+
     def crop(self, length: int) -> None:
         """Forget the newest tokens.
 
@@ -334,7 +350,7 @@ class KVCache:
         state: dict[str, Any] = {"version": fmt.FORMAT_VERSION, "config": asdict(self.config), "counters": counters}
         tensors = {}
         for name, buffer in self._named_buffers().items():
-            tensors[name] = buffer[:, :, : self._rows_in_use(name)].clone()
+            tensors[name] = buffer.index_select(2, self._rows_in_use(name))
         if self._starts is not None:
             tensors["starts"] = self._starts.clone()
         return {**state, "tensors": tensors}
@@ -345,10 +361,10 @@ class KVCache:
         Raises:
             ValueError: another version or configuration, or tensors that do not fit it. The cache is left as it was.
         """
-        if CacheConfig(**state["config"]) != self.config:
-            raise ValueError(f"the state is of a cache with {state['config']}, but this one has {asdict(self.config)}")
         if state["version"] != fmt.FORMAT_VERSION:
             raise ValueError(f"the state has format version {state['version']}, supported is {fmt.FORMAT_VERSION}")
+        if CacheConfig(**state["config"]) != self.config:
+            raise ValueError(f"the state is of a cache with {state['config']}, but this one has {asdict(self.config)}")
         fresh = KVCache(**state["config"], device=self.device)
         fresh._fill(state)
         self.__dict__.update(fresh.__dict__)
@@ -357,17 +373,15 @@ class KVCache:
         """Write the cache to a safetensors file whose header states version, configuration and checksums."""
         state = self.state_dict()
         tensors = {name: t.contiguous().cpu() for name, t in state.pop("tensors").items()}
-        header = {"kind": FILE_KIND, **state, "crc32": {name: _checksum(t) for name, t in tensors.items()}}
+        checksums = {name: _checksum(t) for name, t in tensors.items()}
+        header = json.dumps({"kind": FILE_KIND, **state, "crc32": checksums})
+        metadata = {"torch_tqattn": header, "crc32": str(zlib.crc32(header.encode()))}
         # A reader, or a crash, never sees half a file.
-        folder = Path(path).resolve().parent
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=Path(path).name, suffix=".tmp")
-        os.close(descriptor)
-        try:
-            safetensors.torch.save_file(tensors, temporary, {"torch_tqattn": json.dumps(header)})
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        target = Path(path).resolve()
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=target.name) as folder:
+            temporary = os.path.join(folder, target.name)
+            safetensors.torch.save_file(tensors, temporary, metadata)
+            os.replace(temporary, target)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> "KVCache":
@@ -381,12 +395,16 @@ class KVCache:
             with safetensors.safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if "torch_tqattn" not in metadata:
+                raise ValueError("it holds something else")
             header = json.loads(metadata["torch_tqattn"])
             if header["kind"] != FILE_KIND or header["version"] != fmt.FORMAT_VERSION:
                 raise ValueError(
                     f"it holds {header['kind']} version {header['version']}, "
                     f"supported is {FILE_KIND} version {fmt.FORMAT_VERSION}"
                 )
+            if metadata.get("crc32") != str(zlib.crc32(metadata["torch_tqattn"].encode())):
+                raise ValueError("the checksum of its header is wrong: the file is damaged")
             for name, tensor in tensors.items():
                 if header["crc32"].get(name) != _checksum(tensor):
                     raise ValueError(f"the checksum of {name} is wrong: the file is damaged")
@@ -424,15 +442,12 @@ class KVCache:
 
     def _coded_end(self, tokens: int) -> int:
         """The first position in the tail once `tokens` more have come; ValueError if they do not fit."""
+        self.check_room(tokens)
         end = self._length + tokens
-        if not self.config.is_ring and end - self._first > self.config.capacity:
-            raise ValueError(
-                f"{tokens} more tokens do not fit: the cache holds {len(self)} of {self.config.capacity}; "
-                "crop or reset it, or make it with a larger capacity or a window"
-            )
         if not self.config.block:
             return end
-        full = (end - self.config.residual_length) // self.config.block * self.config.block
+        # A full block is coded when the next token comes: until then its own tokens see each other dense.
+        full = (end - 1 - self.config.residual_length) // self.config.block * self.config.block
         return max(self._coded, full)
 
     def _advance(self, tokens: int, coded_end: int, starts: Tensor | None) -> None:
@@ -472,7 +487,8 @@ class KVCache:
     def _batch_index(self, index: Tensor | Sequence[int]) -> Tensor:
         index = torch.as_tensor(index)
         size = self.config.batch_size
-        if index.dim() != 1 or not len(index) or index.is_floating_point() or index.min() < 0 or index.max() >= size:
+        numbers = index.dim() == 1 and len(index) > 0 and not index.is_floating_point() and index.dtype != torch.bool
+        if not numbers or index.min() < 0 or index.max() >= size:
             raise ValueError(f"the index must name sequences 0 to {size - 1}, got {index}")
         return index.to(device=self.device, dtype=torch.int64)
 
@@ -483,32 +499,43 @@ class KVCache:
         if self._starts is not None:
             self._starts = self._starts.index_select(0, index)
 
-    def _rows_in_use(self, name: str) -> int:
-        used = min(self._coded, self.config.slots)
+    def _rows_in_use(self, name: str) -> Tensor:
+        """Slots of a buffer that hold something; those of the tail oldest first."""
         if name.endswith("tail"):
-            return self.config.tail_slots
-        return -(-used // self.config.block) if name.endswith("means") else used
+            return torch.arange(self._coded, self._length, device=self.device) % self.config.tail_slots
+        used = min(self._coded, self.config.slots)
+        return torch.arange(used // self.config.block if name.endswith("means") else used, device=self.device)
+
+    def _counters_fit(self) -> bool:
+        c = self.config
+        if not (0 <= self._stored <= self._coded <= self._length and 0 <= self._first <= self._length):
+            return False
+        if not c.is_ring and (self._length > c.capacity or self._first or self._stored):
+            return False
+        waiting = self._length - self._coded
+        in_blocks = c.block and self._coded % c.block == self._stored % c.block == 0 and waiting < c.tail_slots
+        return self._coded - self._stored <= c.slots and (in_blocks or waiting == 0)
 
     def _fill(self, state: dict[str, Any]) -> None:
         """Take contents over into this new cache; ValueError if they do not fit it."""
         counters = {name: state["counters"][name] for name in ("length", "coded", "stored", "first")}
-        if not all(isinstance(count, int) and 0 <= count <= counters["length"] for count in counters.values()):
-            raise ValueError(f"the counters contradict each other: {counters}")
         self._length, self._coded = counters["length"], counters["coded"]
         self._stored, self._first = counters["stored"], counters["first"]
+        if not all(isinstance(count, int) for count in counters.values()) or not self._counters_fit():
+            raise ValueError(f"the counters contradict each other or the configuration: {counters}")
         tensors = dict(state["tensors"])
         starts = tensors.pop("starts", None)
         buffers = self._named_buffers()
         if set(tensors) != set(buffers):
             raise ValueError(f"it has tensors {sorted(tensors)}, expected {sorted(buffers)}")
         for name, buffer in buffers.items():
-            used = buffer[:, :, : self._rows_in_use(name)]
-            if tensors[name].shape != used.shape or tensors[name].dtype != used.dtype:
+            rows = self._rows_in_use(name)
+            shape = [*buffer.shape[:2], len(rows), *buffer.shape[3:]]
+            if list(tensors[name].shape) != shape or tensors[name].dtype != buffer.dtype:
                 raise ValueError(
-                    f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, "
-                    f"expected {used.dtype} {list(used.shape)}"
+                    f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, expected {buffer.dtype} {shape}"
                 )
-            used.copy_(tensors[name])
+            buffer.index_copy_(2, rows, tensors[name].to(self.device))
         if starts is not None:
             if starts.shape != (self.config.batch_size,) or starts.dtype != torch.int32:
                 raise ValueError(f"starts is {starts.dtype} {list(starts.shape)}, expected int32 [batch]")
