@@ -10,6 +10,7 @@ iteration needs tens of thousands of rounds at 8 bits. The list of storage forma
 import argparse
 import math
 import sys
+from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
 
@@ -45,6 +46,7 @@ def mean_squared_error(levels: np.ndarray) -> float:
     return float(2 * np.sum(second - 2 * levels * first + levels**2 * mass))
 
 
+@lru_cache
 def lloyd_max(bits: int) -> np.ndarray:
     """The positive half of the optimal quantiser of N(0, 1) with 2**bits levels, to about 1e-9."""
     count = 2 ** (bits - 1)
@@ -72,6 +74,7 @@ def lloyd_max(bits: int) -> np.ndarray:
     raise RuntimeError(f"Newton's method did not converge at {bits} bits")
 
 
+@lru_cache
 def integer_levels(bits: int) -> tuple[np.ndarray, float]:
     """Positive levels as integers times one scale: int8 up to 5 bits, int16 above.
 
@@ -106,13 +109,13 @@ def splitmix64(state: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
-def sign_words(version: int) -> list[int]:
+def sign_words(seed: int) -> list[int]:
     """Bit j of the table (word j / 32, bit j % 32) set means that coordinate j is negated.
 
-    Word i is the low half of the i-th output of splitmix64 seeded with the format's version.
+    Word i is the low half of the i-th output of splitmix64 with this seed.
     """
     step = 0x9E3779B97F4A7C15
-    return [splitmix64((version + i * step) & 0xFFFFFFFFFFFFFFFF) & 0xFFFFFFFF for i in range(SIGN_WORDS)]
+    return [splitmix64((seed + i * step) & 0xFFFFFFFFFFFFFFFF) & 0xFFFFFFFF for i in range(SIGN_WORDS)]
 
 
 def _rows(values: list[str], per_line: int, indent: str) -> str:
@@ -146,7 +149,8 @@ def python_tables(signs: list[int]) -> str:
 
 
 def _thresholds(levels: np.ndarray) -> list[str]:
-    return [_float_literal(v) for v in (levels[1:] + levels[:-1]) / 2]
+    rounded = levels.astype(np.float32).astype(np.float64)  # as every backend holds them, and format.py computes them
+    return [_float_literal(v) for v in (rounded[1:] + rounded[:-1]) / 2]
 
 
 def header(signs: list[int]) -> str:
@@ -160,6 +164,7 @@ def header(signs: list[int]) -> str:
     head_dims = " ".join(f"X({d})" for d in fmt.HEAD_DIMS)
     text = (
         "// The format's tables, for the host and for the kernels. Written by scripts/make_tables.py: do not edit.\n"
+        "// clang-format off\n"
         "#pragma once\n\n"
         "#ifdef __METAL_VERSION__\n#define TQ_TABLE constant\n#else\n#include <cstdint>\n"
         "#define TQ_TABLE static constexpr\n#endif\n\n"
@@ -181,7 +186,7 @@ def header(signs: list[int]) -> str:
             f"\nTQ_TABLE float kLevelScale{bits} = {_float_literal(scale)};\n"
             f"TQ_TABLE int16_t kLevels{bits}[{2**bits}] = {{\n{_rows([str(int(v)) for v in integers], 16, '    ')}}};\n"
             f"TQ_TABLE float kThresholds{bits}[{2**bits - 1}] = {{\n"
-            f"{_rows(_thresholds(integers * np.float32(scale)), 8, '    ')}}};\n"
+            f"{_rows(_thresholds(integers.astype(np.float32) * np.float32(scale)), 8, '    ')}}};\n"
         )
     for bits in SEED_BITS:
         exact = both_signs(lloyd_max(bits))
@@ -199,7 +204,7 @@ def main() -> int:
     arguments = parser.parse_args()
     from torch_tqattn import format as fmt
 
-    signs = sign_words(fmt.FORMAT_VERSION)
+    signs = sign_words(fmt.SIGN_SEED)
     outputs = {
         ROOT / "torch_tqattn" / "tables.py": python_tables(signs),
         ROOT / "torch_tqattn" / "shaders" / "tables.h": header(signs),

@@ -483,7 +483,7 @@ WRONG_ENCODE = [
         "k must be .2, 2, tokens, head_dim. like its store",
     ),
     ({"v": torch.zeros(2, 2, 1, 64, device="meta")}, "k is on cpu and v on meta"),
-    ({"position": -1}, "0 <= coded <= position"),
+    ({"position": -1}, "position must be 0 to 2"),
     ({"coded": 48}, "0 <= coded <= position"),
     ({"coded_end": 16}, "coded <= coded_end"),
     ({"coded_end": 40}, "multiples of block_size 16"),

@@ -175,11 +175,6 @@ class TQAttention(nn.Module):
             raise ValueError(
                 f"q must be [batch, {self.num_heads}, tokens, {self._config.head_dim}], got shape {list(q.shape)}"
             )
-        if any(x.dim() != 4 or x.shape[2] != q.shape[2] for x in (k, v)):
-            raise ValueError(
-                "q, k and v must be [batch, heads, tokens, head_dim] with as many tokens each, "
-                f"got shapes {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-            )
         if k.dim() != 4 or k.shape != v.shape or k.shape[2] != q.shape[2]:
             raise ValueError(
                 f"k and v must be [batch, {self._config.num_kv_heads}, tokens, {self._config.head_dim}] with as many "
@@ -201,7 +196,7 @@ class TQAttention(nn.Module):
             done += chunk
             mask = attn_mask
             if mask is not None and chunk < q.shape[2]:
-                mask = self._mask_part(mask, part, q.shape[2])
+                mask = self._mask_part(mask, part, q.shape[2], len(cache) + q.shape[2] - part.start)
             tokens = (q[:, :, part], k[:, :, part], v[:, :, part])
             outs.append(cache.step(*tokens, attn_mask=mask, left_padding=left_padding, **options)[0])
             left_padding = None
@@ -227,10 +222,14 @@ class TQAttention(nn.Module):
         cache.load_state_dict(state)
         self.cache = cache
 
-    def _mask_part(self, mask: Tensor, part: slice, tokens: int) -> Tensor:
+    def _mask_part(self, mask: Tensor, part: slice, tokens: int, positions: int) -> Tensor:
         """The rows of a mask [..., tokens or 1, positions] for some of the tokens, and the positions up to them."""
         if self._config.window is not None:
             raise ValueError(f"with a window, attn_mask cannot be cut to fit {tokens} tokens: pass fewer at a time")
+        if mask.dim() < 3 or mask.shape[-2] not in (1, tokens) or mask.shape[-1] != positions:
+            raise ValueError(
+                f"attn_mask must be [1 or batch, (1,) 1 or {tokens}, {positions}], got shape {list(mask.shape)}"
+            )
         rows = mask if mask.shape[-2] == 1 else mask[..., part, :]
         return rows[..., : mask.shape[-1] - (tokens - part.stop)]
 

@@ -118,8 +118,8 @@ class KVCache:
     """Keys and values of one attention layer, compressed.
 
     Tokens are coded in blocks of `block_size` around the mean of their block; the newest ones wait, dense in half
-    precision, until a block is full and the next token comes. Positions are counted from 0 for the first token ever appended; sequences of a
-    batch have the same length, those with less to say are padded on the left.
+    precision, until a block is full and the next token comes. Positions are counted from 0 for the first token ever
+    appended; sequences of a batch have the same length, those with less to say are padded on the left.
 
     Args:
         batch_size, num_kv_heads, head_dim: sizes; head_dim is one of format.HEAD_DIMS.
@@ -513,7 +513,7 @@ class KVCache:
         if not c.is_ring and (self._length > c.capacity or self._first or self._stored):
             return False
         waiting = self._length - self._coded
-        in_blocks = c.block and self._coded % c.block == self._stored % c.block == 0 and waiting < c.tail_slots
+        in_blocks = c.block and self._coded % c.block == self._stored % c.block == 0 and waiting <= c.tail_slots
         return self._coded - self._stored <= c.slots and (in_blocks or waiting == 0)
 
     def _fill(self, state: dict[str, Any]) -> None:

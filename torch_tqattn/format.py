@@ -12,6 +12,7 @@ from torch import Tensor
 from . import tables
 
 FORMAT_VERSION = 1
+SIGN_SEED = 1
 HEAD_DIMS = (64, 80, 96, 128, 192, 256, 512)
 NORM_GROUP = 256  # a norm covers at most this many coordinates
 ROW_ALIGNMENT = 4  # bytes: rows of codes are padded so that every backend can load whole words

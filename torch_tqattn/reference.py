@@ -67,8 +67,8 @@ def quantise(rows: Tensor, codebook: Tensor, preserve_norm: bool) -> tuple[Tenso
 
 
 def dequantise(codes: Tensor, norms: Tensor, codebook: Tensor) -> Tensor:
-    """float32 [..., D]: levels times their group's norm."""
-    values = codebook.to(codes.device)[codes.int()]
+    """float32 [..., D]: levels times their group's norm. Of a code, only as many bits as the codebook has count."""
+    values = codebook.to(codes.device)[codes.int() & (len(codebook) - 1)]
     return (_groups(values) * norms[..., None]).flatten(-2)
 
 
@@ -462,7 +462,8 @@ def _merge(partial_out: Tensor, sums: Tensor) -> Tensor:
     weight = torch.exp(sums[..., 1] - sums[..., 1].amax(-1, keepdim=True))
     weight = torch.where(sums[..., 0] > 0, weight, 0.0)
     total = (weight * sums[..., 0]).sum(-1, keepdim=True)
-    return (weight[..., None] * partial_out).sum(1) / torch.where(total > 0, total, 1.0)
+    used = torch.where(sums[..., :1] > 0, partial_out, 0.0)  # an unused part may hold anything
+    return (weight[..., None] * used).sum(1) / torch.where(total > 0, total, 1.0)
 
 
 def _split_tmp(tmp: Tensor, nrows: int, head_dim: int, nwg: int) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ struct AttendCall {
   OptionalTensor mask;
   OptionalTensor starts;
   OptionalTensor lengths;
-  bool rotate_q = true;    // false: q is already rotated
+  bool rotate_q = true;       // false: q is already rotated
   bool undo_rotation = true;  // false: leave out rotated
   OptionalTensor partials;    // where to leave the parts' results, laid out as ReduceCall says
   at::Tensor out;

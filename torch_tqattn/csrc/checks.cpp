@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <limits>
 
 #include "launch_policy.h"
 
@@ -28,9 +29,11 @@ void check_head_dim(const char* name, const SymInt& head_dim) {
                     supported_head_dims());
 }
 
-void check_shape(const std::string& name, const Tensor& x, std::initializer_list<SymInt> expected, const char* meaning) {
-  TORCH_CHECK_VALUE(x.sym_sizes().equals(c10::SymIntArrayRef(expected.begin(), expected.size())), name, " must be ", meaning, " = ",
-                    c10::SymIntArrayRef(expected.begin(), expected.size()), ", got shape ", x.sym_sizes());
+void check_shape(const std::string& name, const Tensor& x, std::initializer_list<SymInt> expected,
+                 const char* meaning) {
+  TORCH_CHECK_VALUE(x.sym_sizes().equals(c10::SymIntArrayRef(expected.begin(), expected.size())), name, " must be ",
+                    meaning, " = ", c10::SymIntArrayRef(expected.begin(), expected.size()), ", got shape ",
+                    x.sym_sizes());
 }
 
 void check_store_tensor(const std::string& name, const Tensor& x, at::ScalarType type, const Tensor& like) {
@@ -115,8 +118,8 @@ void check_positions(const StoreShape& shape, const SymInt& start, const SymInt&
                     ", coded ", coded, ", length ", length);
   if (block_size > 0) {
     TORCH_CHECK_VALUE(coded % block_size == 0, "coded must be a multiple of block_size ", block_size, ", got ", coded);
-    TORCH_CHECK_VALUE(length - coded <= shape.tail_slots, "positions ", coded, " to ", length,
-                      " do not fit a tail of ", shape.tail_slots, " slots");
+    TORCH_CHECK_VALUE(length - coded <= shape.tail_slots, "positions ", coded, " to ", length, " do not fit a tail of ",
+                      shape.tail_slots, " slots");
   } else {
     TORCH_CHECK_VALUE(coded == length, "without blocks every position is coded: coded must be ", length, ", got ",
                       coded);
@@ -137,7 +140,12 @@ void check_encode_name(std::string_view encode) {
                     "'; choose fast (decoded groups keep their norm) or plain (they keep their scale)");
 }
 
-bool is_finite_number(double value) { return std::isfinite(value); }
+// Kernels take numbers as float32.
+bool is_finite_number(double value) { return std::isfinite(static_cast<float>(value)); }
+
+bool is_zero_or_positive(double value) {
+  return value == 0 || (is_finite_number(value) && static_cast<float>(value) >= std::numeric_limits<float>::min());
+}
 
 void check_seed_head_dim(const char* op, const SymInt& head_dim) {
   TORCH_CHECK_VALUE(head_dim == 256 || head_dim == 512, op, ": head_dim must be 256 or 512, got ", head_dim);
@@ -178,14 +186,15 @@ void check_encode(const Tensor& k, const Tensor& v, const StoreArgs& stores, con
   check_input("k", k);
   check_input("v", v);
   TORCH_CHECK_VALUE(k.dim() == 4, "k must be [batch, kv_heads, tokens, head_dim], got shape ", k.sym_sizes());
-  TORCH_CHECK_VALUE(k.sym_sizes().equals(v.sym_sizes()), "k and v must have the same shape, got ", k.sym_sizes(), " and ",
-                    v.sym_sizes());
+  TORCH_CHECK_VALUE(k.sym_sizes().equals(v.sym_sizes()), "k and v must have the same shape, got ", k.sym_sizes(),
+                    " and ", v.sym_sizes());
   TORCH_CHECK_VALUE(k.device() == v.device(), "k is on ", k.device(), " and v on ", v.device(),
                     "; move them to one device");
   check_head_dim("k", k.sym_size(3));
   const StoreShape shape = check_stores(stores, k.sym_size(3).guard_int(__FILE__, __LINE__), block_size, k);
   TORCH_CHECK_VALUE(k.sym_size(0) == shape.batch && k.sym_size(1) == shape.num_kv_heads, "k must be [", shape.batch,
                     ", ", shape.num_kv_heads, ", tokens, head_dim] like its store, got shape ", k.sym_sizes());
+  TORCH_CHECK_VALUE(0 <= position && position <= kMaxPosition, "position must be 0 to 2^31 - 1, got ", position);
   const SymInt end = position + k.sym_size(2);
   TORCH_CHECK_VALUE(0 <= coded && coded <= position && coded <= coded_end && coded_end <= end && end <= kMaxPosition,
                     "positions must satisfy 0 <= coded <= position and coded <= coded_end <= position + tokens",
@@ -201,9 +210,8 @@ void check_encode(const Tensor& k, const Tensor& v, const StoreArgs& stores, con
                       " to ", position, " before and ", coded_end, " to ", end, " after must fit a tail of ",
                       shape.tail_slots, " slots");
   } else {
-    TORCH_CHECK_VALUE(coded == position && coded_end == end,
-                      "without blocks every position is coded: coded must be ", position, " and coded_end ", end,
-                      ", got ", coded, " and ", coded_end);
+    TORCH_CHECK_VALUE(coded == position && coded_end == end, "without blocks every position is coded: coded must be ",
+                      position, " and coded_end ", end, ", got ", coded, " and ", coded_end);
   }
   TORCH_CHECK_VALUE(coded_end == coded || shape.slots > 0, "the store has no slots for ", coded_end - coded,
                     " positions");
@@ -219,15 +227,15 @@ void check_attend(const Tensor& q, const StoreArgs& stores, const SymInt& start,
   const StoreShape shape = check_stores(stores, q.sym_size(3).guard_int(__FILE__, __LINE__), block_size, q);
   TORCH_CHECK_VALUE(q.sym_size(0) == shape.batch, "q has a batch of ", q.sym_size(0), " but the stores have ",
                     shape.batch);
-  TORCH_CHECK_VALUE(shape.num_kv_heads > 0 && q.sym_size(1) > 0, "there must be at least one head, got ",
-                    q.sym_size(1), " query heads and ", shape.num_kv_heads, " KV heads");
+  TORCH_CHECK_VALUE(shape.num_kv_heads > 0 && q.sym_size(1) > 0, "there must be at least one head, got ", q.sym_size(1),
+                    " query heads and ", shape.num_kv_heads, " KV heads");
   TORCH_CHECK_VALUE(q.sym_size(1) % shape.num_kv_heads == 0, "the ", q.sym_size(1),
                     " query heads must be divisible by the ", shape.num_kv_heads, " KV heads");
   check_positions(shape, start, coded, length, block_size);
   TORCH_CHECK_VALUE(!options.scale.has_value() || is_finite_number(*options.scale), "scale must be finite, got ",
                     *options.scale);
-  TORCH_CHECK_VALUE(is_finite_number(options.softcap) && options.softcap >= 0,
-                    "softcap must be 0 (none) or a positive number, got ", options.softcap);
+  TORCH_CHECK_VALUE(is_zero_or_positive(options.softcap), "softcap must be 0 (none) or a positive number, got ",
+                    options.softcap);
   TORCH_CHECK_VALUE(options.window >= 0, "window must be 0 (none) or positive, got ", options.window);
   if (options.sinks.has_value()) {
     check_input("sinks", *options.sinks);
@@ -242,8 +250,7 @@ void check_attend(const Tensor& q, const StoreArgs& stores, const SymInt& start,
     TORCH_CHECK_VALUE(mask.device() == q.device(), "mask is on ", mask.device(), " but q is on ", q.device());
     const SymInt positions = length - start;
     TORCH_CHECK_VALUE(mask.dim() == 3 && (mask.sym_size(0) == 1 || mask.sym_size(0) == shape.batch) &&
-                          (mask.sym_size(1) == 1 || mask.sym_size(1) == q.sym_size(2)) &&
-                          mask.sym_size(2) == positions,
+                          (mask.sym_size(1) == 1 || mask.sym_size(1) == q.sym_size(2)) && mask.sym_size(2) == positions,
                       "mask must be [1 or batch, 1 or tokens, positions] = [1 or ", shape.batch, ", 1 or ",
                       q.sym_size(2), ", ", positions, "], got shape ", mask.sym_sizes());
   }
@@ -274,8 +281,8 @@ void check_seed_quantize(const char* op, const Tensor& x, const Tensor& packed, 
                          const SymInt& write_pos, int64_t codebook_bits, bool is_sliding, double scale_factor_d512) {
   if (codebook_bits != 4) check_seed_higher_bits(op, codebook_bits);
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, op, ": x must be float32, got ", x.scalar_type());
-  TORCH_CHECK_VALUE(x.dim() == 2 || x.dim() == 3, op, ": x must be [kv_heads, head_dim] or [kv_heads, tokens, head_dim]",
-                    ", got shape ", x.sym_sizes());
+  TORCH_CHECK_VALUE(x.dim() == 2 || x.dim() == 3, op,
+                    ": x must be [kv_heads, head_dim] or [kv_heads, tokens, head_dim]", ", got shape ", x.sym_sizes());
   check_seed_head_dim(op, x.sym_size(-1));
   TORCH_CHECK_VALUE(packed.dim() == 3, op, ": packed must be [kv_heads, capacity, row], got shape ",
                     packed.sym_sizes());
@@ -283,10 +290,11 @@ void check_seed_quantize(const char* op, const Tensor& x, const Tensor& packed, 
                    seed_row(codebook_bits, x.sym_size(-1)), x);
   check_seed_norms(op, "norms", norms, packed, x.sym_size(-1), x);
   const SymInt tokens = x.dim() == 3 ? x.sym_size(1) : SymInt(1);
-  TORCH_CHECK_VALUE(write_pos >= 0, op, ": write_pos must not be negative, got ", write_pos);
-  TORCH_CHECK_VALUE(is_sliding ? packed.sym_size(1) > 0 : write_pos + tokens <= packed.sym_size(1), op, ": positions ",
-                    write_pos, " to ", write_pos + tokens, " do not fit a capacity of ", packed.sym_size(1));
-  TORCH_CHECK_VALUE(is_finite_number(scale_factor_d512) && scale_factor_d512 >= 0, op,
+  TORCH_CHECK_VALUE(write_pos >= 0 && write_pos <= kMaxPosition, op, ": write_pos must be 0 to 2^31 - 1, got ",
+                    write_pos);
+  TORCH_CHECK_VALUE(is_sliding ? packed.sym_size(1) > 0 : write_pos + tokens <= packed.sym_size(1), op, ": write_pos ",
+                    write_pos, " and ", tokens, " tokens do not fit a capacity of ", packed.sym_size(1));
+  TORCH_CHECK_VALUE(is_zero_or_positive(scale_factor_d512), op,
                     ": scale_factor_d512 must be a finite number, 0 for 1, got ", scale_factor_d512);
 }
 
@@ -327,22 +335,19 @@ std::pair<int64_t, int64_t> check_seed_attention(const SeedArgs& a) {
   TORCH_CHECK_VALUE(a.mask_type >= 0 && a.mask_type <= 2, a.op,
                     ": mask_type must be 0 (none), 1 (causal) or 2 (sliding window), got ", a.mask_type);
   TORCH_CHECK_VALUE(a.sliding_window >= 0, a.op, ": sliding_window must not be negative, got ", a.sliding_window);
-  TORCH_CHECK_VALUE(is_finite_number(a.softcap) && a.softcap >= 0, a.op,
-                    ": softcap must be 0 (none) or a positive number, got ", a.softcap);
+  TORCH_CHECK_VALUE(is_zero_or_positive(a.softcap), a.op, ": softcap must be 0 (none) or a positive number, got ",
+                    a.softcap);
   TORCH_CHECK_VALUE(a.ring_start >= 0 && a.ring_start < capacity, a.op, ": ring_start must be a slot, 0 to ",
                     capacity - 1, ", got ", a.ring_start);
-  TORCH_CHECK_VALUE(is_finite_number(a.scale_factor_d512) && a.scale_factor_d512 >= 0, a.op,
+  TORCH_CHECK_VALUE(is_zero_or_positive(a.scale_factor_d512), a.op,
                     ": scale_factor_d512 must be a finite number, 0 for 1, got ", a.scale_factor_d512);
   TORCH_CHECK_VALUE(a.nwg >= 0 && a.nwg <= 32, a.op, ": nwg must be 1 to 32, or 0 for the launch policy, got ", a.nwg);
   TORCH_CHECK_VALUE(a.nsg == 0 || a.nsg == 1 || a.nsg == 2 || a.nsg == 4, a.op,
                     ": nsg must be a power of 2 and at most 4, or 0 for the launch policy, got ", a.nsg);
-  // The policy looks at the length; under torch.compile a symbolic length is a hint here and splits nothing.
-  LaunchPolicy launch{a.nwg, a.nsg};
-  if (a.nwg == 0 || a.nsg == 0) {
-    const LaunchPolicy policy = launch_policy(kind, a.kv_seq_len.guard_int(__FILE__, __LINE__));
-    if (a.nwg == 0) launch.nwg = policy.nwg;
-    if (a.nsg == 0) launch.nsg = policy.nsg;
-  }
+  // A symbolic length must not be pinned to one number; nothing is launched then, and 32 is the most that may be.
+  const std::optional<int64_t> length = a.kv_seq_len.maybe_as_int();
+  const LaunchPolicy policy = length.has_value() ? launch_policy(kind, *length) : LaunchPolicy{32, 4};
+  const LaunchPolicy launch{a.nwg > 0 ? a.nwg : policy.nwg, a.nsg > 0 ? a.nsg : policy.nsg};
   if (a.tmp.has_value()) {
     check_store_tensor(std::string(a.op) + ": tmp", *a.tmp, at::kFloat, a.q);
     const SymInt needed = a.q.sym_size(0) * launch.nwg * (head_dim + 2);
@@ -357,9 +362,9 @@ void check_seed_reduce(const char* op, const Tensor& tmp, const SymInt& nrows, i
   TORCH_CHECK_VALUE(nwg > 0 && nwg <= 32, op, ": nwg must be > 0 and at most 32, got ", nwg);
   TORCH_CHECK_VALUE(nrows >= 0, op, ": nrows must not be negative, got ", nrows);
   check_store_tensor(std::string(op) + ": tmp", tmp, at::kFloat, tmp);
-  const SymInt needed = nrows * nwg * (head_dim + 2);
-  TORCH_CHECK_VALUE(tmp.sym_numel() >= needed, op, ": tmp must hold nrows * nwg * (head_dim + 2) = ", needed,
-                    " numbers, got ", tmp.sym_numel());
+  TORCH_CHECK_VALUE(nrows <= tmp.sym_numel() && nrows * nwg * (head_dim + 2) <= tmp.sym_numel(), op,
+                    ": tmp must hold nrows * nwg * (head_dim + 2) numbers for ", nrows, " rows and nwg ", nwg, ", got ",
+                    tmp.sym_numel());
 }
 
 }  // namespace tqattn

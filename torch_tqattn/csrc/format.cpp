@@ -7,10 +7,9 @@
 namespace tqattn {
 namespace {
 
-constexpr StorageFormat kFormats[] = {
-    {"f16", 16, 16, 0},
+constexpr StorageFormat kFormats[] = {{"f16", 16, 16, 0},
 #define X(name, bits, low, high) {name, bits, low, high},
-    TQ_CODED_FORMATS(X)
+                                      TQ_CODED_FORMATS(X)
 #undef X
 };
 
@@ -73,10 +72,10 @@ const Codebook& format_codebook(int bits) {
 
 const Codebook& exact_codebook(int bits) {
   switch (bits) {
-#define CASE(b)                                                                           \
-  case b: {                                                                               \
+#define CASE(b)                                                                             \
+  case b: {                                                                                 \
     static const Codebook codebook{b, kExactLevels##b, kExactThresholds##b, nullptr, 1.0f}; \
-    return codebook;                                                                      \
+    return codebook;                                                                        \
   }
     CASE(4)
     CASE(5)

@@ -1,7 +1,6 @@
 // The storage formats by name, from the generated table, and their sizes.
 #pragma once
 
-
 #include <cstdint>
 #include <string>
 #include <string_view>

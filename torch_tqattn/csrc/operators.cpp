@@ -29,8 +29,8 @@ Tensor empty(c10::SymIntArrayRef sizes, const Tensor& like, at::ScalarType type)
 
 Side make_side(const SideArgs& args) {
   const StorageFormat& format = find_format(args.format);
-  return {args.codes, args.norms, args.means, args.tail, &format,
-          format.is_coded() ? &format_codebook(format.bits) : nullptr};
+  return {args.codes, args.norms, args.means,
+          args.tail,  &format,    format.is_coded() ? &format_codebook(format.bits) : nullptr};
 }
 
 // The cache in memory, for any call that reads it.
@@ -99,13 +99,14 @@ std::tuple<Tensor, Tensor> run_attend(const Tensor& q, const StoreArgs& stores, 
   return {out, lse};
 }
 
-#define TQ_STORE_PARAMS                                                                    \
-  const Tensor &k_codes, const OptionalTensor &k_norms, const OptionalTensor &k_means,     \
-      const OptionalTensor &k_tail, const Tensor &v_codes, const OptionalTensor &v_norms,  \
-      const OptionalTensor &v_means, const OptionalTensor &v_tail, std::string_view k_format, \
-      std::string_view v_format
-#define TQ_STORE_ARGS \
-  StoreArgs { {k_codes, k_norms, k_means, k_tail, k_format}, { v_codes, v_norms, v_means, v_tail, v_format } }
+#define TQ_STORE_PARAMS                                                                                              \
+  const Tensor &k_codes, const OptionalTensor &k_norms, const OptionalTensor &k_means, const OptionalTensor &k_tail, \
+      const Tensor &v_codes, const OptionalTensor &v_norms, const OptionalTensor &v_means,                           \
+      const OptionalTensor &v_tail, std::string_view k_format, std::string_view v_format
+#define TQ_STORE_ARGS                                                                              \
+  StoreArgs {                                                                                      \
+    {k_codes, k_norms, k_means, k_tail, k_format}, { v_codes, v_norms, v_means, v_tail, v_format } \
+  }
 
 Tensor rotate(const Tensor& x, bool inverse) {
   check_rotate(x);
@@ -121,8 +122,8 @@ void encode_kv_(const Tensor& k, const Tensor& v, TQ_STORE_PARAMS, SymInt positi
 
 std::tuple<Tensor, Tensor> attend(const Tensor& q, TQ_STORE_PARAMS, SymInt start, SymInt coded, SymInt length,
                                   int64_t block_size, std::optional<double> scale, double softcap, SymInt window,
-                                  const OptionalTensor& sinks, const OptionalTensor& mask,
-                                  const OptionalTensor& starts, const OptionalTensor& lengths, bool causal) {
+                                  const OptionalTensor& sinks, const OptionalTensor& mask, const OptionalTensor& starts,
+                                  const OptionalTensor& lengths, bool causal) {
   const StoreArgs stores = TQ_STORE_ARGS;
   const AttendOptions options{scale, softcap, window, sinks, mask, starts, lengths, causal};
   check_attend(q, stores, start, coded, length, block_size, options);
@@ -248,8 +249,8 @@ Tensor fwht_sign_premult(const Tensor& x) { return seed_rotate("fwht_sign_premul
 
 Tensor fwht_sign_undo(const Tensor& x) { return seed_rotate("fwht_sign_undo", x, true); }
 
-void hadamard_quantize_kv(const Tensor& x, const Tensor& packed, const Tensor& norms, SymInt write_pos,
-                          bool is_sliding, double scale_factor_d512) {
+void hadamard_quantize_kv(const Tensor& x, const Tensor& packed, const Tensor& norms, SymInt write_pos, bool is_sliding,
+                          double scale_factor_d512) {
   seed_quantize("hadamard_quantize_kv", x, packed, norms, write_pos, 4, is_sliding, scale_factor_d512);
 }
 
@@ -272,14 +273,14 @@ Tensor flash_attn_vec_tq(const Tensor& q, const Tensor& k_packed, const Tensor& 
   SymInt kv_seq_len, double scale, int64_t codebook_bits, int64_t mask_type, SymInt sliding_window, double softcap, \
       SymInt ring_start, double scale_factor_d512, bool fuse_fwht_pre, int64_t nwg, int64_t nsg,                    \
       const OptionalTensor &tmp
-#define TQ_HIGHER_BITS_ARGS                                                                                       \
+#define TQ_HIGHER_BITS_ARGS                                                                                           \
   kv_seq_len, scale, codebook_bits, mask_type, sliding_window, softcap, ring_start, scale_factor_d512, fuse_fwht_pre, \
       nwg, nsg, tmp
 
 Tensor flash_attn_vec_tq_hb(const Tensor& q, const Tensor& k_packed, const Tensor& k_norms, const Tensor& v_packed,
                             const Tensor& v_norms, TQ_HIGHER_BITS_PARAMS) {
-  return seed_attention(
-      {"flash_attn_vec_tq_hb", "tq_hb", q, k_packed, k_norms, v_packed, v_norms, TQ_HIGHER_BITS_ARGS}, false);
+  return seed_attention({"flash_attn_vec_tq_hb", "tq_hb", q, k_packed, k_norms, v_packed, v_norms, TQ_HIGHER_BITS_ARGS},
+                        false);
 }
 
 Tensor flash_attn_vec_tq_hb_with_fused_undo(const Tensor& q, const Tensor& k_packed, const Tensor& k_norms,

@@ -1,21 +1,21 @@
-// The operators' schemas. Every backend registers kernels for these; torch_tqattn/ops.py documents them for users.
+// The operators' schemas; docs/operators.md describes them, operators.cpp implements them.
 #include <torch/library.h>
 
 #include "launch_policy.h"
 
-#define TQ_STORES                                           \
-  "Tensor k_codes, Tensor? k_norms, Tensor? k_means, "      \
-  "Tensor? k_tail, Tensor v_codes, Tensor? v_norms, "       \
+#define TQ_STORES                                      \
+  "Tensor k_codes, Tensor? k_norms, Tensor? k_means, " \
+  "Tensor? k_tail, Tensor v_codes, Tensor? v_norms, "  \
   "Tensor? v_means, Tensor? v_tail, str k_format, str v_format"
-#define TQ_MUTABLE_STORES                                                       \
-  "Tensor(a!) k_codes, Tensor(b!)? k_norms, Tensor(c!)? k_means, "              \
-  "Tensor(d!)? k_tail, Tensor(e!) v_codes, Tensor(f!)? v_norms, "               \
+#define TQ_MUTABLE_STORES                                          \
+  "Tensor(a!) k_codes, Tensor(b!)? k_norms, Tensor(c!)? k_means, " \
+  "Tensor(d!)? k_tail, Tensor(e!) v_codes, Tensor(f!)? v_norms, "  \
   "Tensor(g!)? v_means, Tensor(h!)? v_tail, str k_format, str v_format"
-#define TQ_SEED_MASK                                                                       \
-  "int mask_type=0, SymInt sliding_window=0, float softcap=0.0, SymInt ring_start=0, "     \
+#define TQ_SEED_MASK                                                                   \
+  "int mask_type=0, SymInt sliding_window=0, float softcap=0.0, SymInt ring_start=0, " \
   "float scale_factor_d512=1.0"
-#define TQ_SEED_HIGHER_BITS                                                                        \
-  "SymInt kv_seq_len, float scale, int codebook_bits, " TQ_SEED_MASK                               \
+#define TQ_SEED_HIGHER_BITS                                          \
+  "SymInt kv_seq_len, float scale, int codebook_bits, " TQ_SEED_MASK \
   ", bool fuse_fwht_pre=False, int nwg=0, int nsg=0, Tensor(a!)? tmp=None) -> Tensor"
 
 TORCH_LIBRARY(tqattn, m) {
@@ -38,16 +38,20 @@ TORCH_LIBRARY(tqattn, m) {
   // Seed-shaped: the arguments, checks and policies of the kernels that the package started from.
   m.def("fwht_sign_premult(Tensor x) -> Tensor");
   m.def("fwht_sign_undo(Tensor x) -> Tensor");
-  m.def("hadamard_quantize_kv(Tensor x, Tensor(a!) packed, Tensor(b!) norms, SymInt write_pos, "
-        "bool is_sliding=False, float scale_factor_d512=1.0) -> ()");
-  m.def("hadamard_quantize_kv_hb(Tensor x, Tensor(a!) packed, Tensor(b!) norms, SymInt write_pos, "
-        "int codebook_bits, bool is_sliding=False, float scale_factor_d512=1.0) -> ()");
-  m.def("flash_attn_vec_tq(Tensor q, Tensor k_packed, Tensor k_norms, Tensor v_packed, Tensor v_norms, "
-        "SymInt kv_seq_len, float scale, " TQ_SEED_MASK ", int nwg=0, Tensor(a!)? tmp=None) -> Tensor");
-  m.def("flash_attn_vec_tq_hb(Tensor q, Tensor k_packed, Tensor k_norms, Tensor v_packed, Tensor v_norms, "
-        TQ_SEED_HIGHER_BITS);
-  m.def("flash_attn_vec_tq_hb_with_fused_undo(Tensor q, Tensor k_packed, Tensor k_norms, Tensor v_packed, "
-        "Tensor v_norms, " TQ_SEED_HIGHER_BITS);
+  m.def(
+      "hadamard_quantize_kv(Tensor x, Tensor(a!) packed, Tensor(b!) norms, SymInt write_pos, "
+      "bool is_sliding=False, float scale_factor_d512=1.0) -> ()");
+  m.def(
+      "hadamard_quantize_kv_hb(Tensor x, Tensor(a!) packed, Tensor(b!) norms, SymInt write_pos, "
+      "int codebook_bits, bool is_sliding=False, float scale_factor_d512=1.0) -> ()");
+  m.def(
+      "flash_attn_vec_tq(Tensor q, Tensor k_packed, Tensor k_norms, Tensor v_packed, Tensor v_norms, "
+      "SymInt kv_seq_len, float scale, " TQ_SEED_MASK ", int nwg=0, Tensor(a!)? tmp=None) -> Tensor");
+  m.def(
+      "flash_attn_vec_tq_hb(Tensor q, Tensor k_packed, Tensor k_norms, Tensor v_packed, Tensor v_norms, " TQ_SEED_HIGHER_BITS);
+  m.def(
+      "flash_attn_vec_tq_hb_with_fused_undo(Tensor q, Tensor k_packed, Tensor k_norms, Tensor v_packed, "
+      "Tensor v_norms, " TQ_SEED_HIGHER_BITS);
   m.def("flash_attn_vec_hybrid(Tensor q, Tensor k_f16, Tensor v_packed, Tensor? v_norms, " TQ_SEED_HIGHER_BITS);
   m.def("flash_attn_vec_reduce(Tensor tmp, SymInt nrows, int head_dim, int nwg) -> Tensor");
   m.def("flash_attn_vec_reduce_tq_hb_undo(Tensor tmp, SymInt nrows, int head_dim, int nwg) -> Tensor");

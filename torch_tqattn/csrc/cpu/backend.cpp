@@ -46,9 +46,9 @@ HeadStore head_store(const Side& side, int64_t head) {
   };
   HeadStore store{};
   store.codes = static_cast<uint8_t*>(side.codes.mutable_data_ptr()) + head * slots * row_bytes;
-  store.norms = side.norms.has_value()
-                    ? side.norms->mutable_data_ptr<float>() + head * slots * (side.norms->dim() == 4 ? side.norms->size(3) : 1)
-                    : nullptr;
+  store.norms = side.norms.has_value() ? side.norms->mutable_data_ptr<float>() +
+                                             head * slots * (side.norms->dim() == 4 ? side.norms->size(3) : 1)
+                                       : nullptr;
   store.means = half(side.means);
   store.tail = half(side.tail);
   store.format = side.format;
@@ -207,20 +207,22 @@ class CpuBackend final : public Backend {
     const int64_t kv_heads = call.params.num_kv_heads, group = heads / kv_heads, rows = q_len * group;
     TqAttendParams params = call.params;
     // Rows of one KV head lie together: [batch, kv_heads, q_len, group, head_dim].
-    const Tensor q = call.q.to(at::kFloat)
-                         .reshape({batch, kv_heads, group, q_len, head_dim})
-                         .transpose(2, 3)
-                         .contiguous();
+    const Tensor q =
+        call.q.to(at::kFloat).reshape({batch, kv_heads, group, q_len, head_dim}).transpose(2, 3).contiguous();
     const Tensor mask = call.mask.has_value() ? call.mask->contiguous() : Tensor();
     const int64_t row_tiles = (rows + kMaxTaskRows - 1) / kMaxTaskRows;
     const int64_t tasks = batch * kv_heads * row_tiles;
-    const int64_t positions = params.length - std::max<int64_t>(params.start, params.window > 0 ? static_cast<int64_t>(params.length) - params.q_len - params.window + 1 : 0);
+    const int64_t positions =
+        params.length - std::max<int64_t>(params.start, params.window > 0 ? static_cast<int64_t>(params.length) -
+                                                                                params.q_len - params.window + 1
+                                                                          : 0);
     if (params.splits == 0) {
       params.splits = static_cast<uint32_t>(cpu_splits(tasks, positions / 64, at::get_num_threads()));
     }
     const int64_t splits = params.splits;
-    Tensor parts = call.partials.has_value() ? *call.partials
-                                             : at::empty({batch * heads * q_len * splits * (head_dim + 2)}, q.options());
+    Tensor parts = call.partials.has_value()
+                       ? *call.partials
+                       : at::empty({batch * heads * q_len * splits * (head_dim + 2)}, q.options());
     float* outs = parts.mutable_data_ptr<float>();
     float* sums = outs + batch * heads * q_len * splits * head_dim;
     const float* given = q.const_data_ptr<float>();
@@ -238,7 +240,8 @@ class CpuBackend final : public Backend {
     parallel_for(tasks * splits, 1, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
         const int64_t split = index % splits, task = index / splits;
-        run_task(run, call, params, mask, queries, task / row_tiles, task % row_tiles * kMaxTaskRows, split, outs, sums);
+        run_task(run, call, params, mask, queries, task / row_tiles, task % row_tiles * kMaxTaskRows, split, outs,
+                 sums);
       }
     });
     finish(run, call, splits, outs, sums);
@@ -254,8 +257,8 @@ class CpuBackend final : public Backend {
         const int64_t which = task / heads, head = task % heads;
         float* out = call.outs[which].mutable_data_ptr<float>() + head * positions * head_dim;
         run.decode(head_store(call.sides[which], head), params, params.start, params.length, out);
-        const int64_t padding = std::clamp<int64_t>(
-            first_position(call.starts, head / params.num_kv_heads) - params.start, 0, positions);
+        const int64_t padding =
+            std::clamp<int64_t>(first_position(call.starts, head / params.num_kv_heads) - params.start, 0, positions);
         std::fill(out, out + padding * head_dim, 0.0f);
         if (call.undo_rotation) run.rotate(out, out, positions, head_dim, true, 1.0f);
       }
@@ -277,8 +280,7 @@ class CpuBackend final : public Backend {
  private:
   // Up to kMaxTaskRows rows, from `first_row` on, of one KV head, over one part of the positions.
   static void run_task(const Kernels& run, const AttendCall& call, const TqAttendParams& params, const Tensor& mask,
-                       const float* queries, int64_t head, int64_t first_row, int64_t split, float* outs,
-                       float* sums) {
+                       const float* queries, int64_t head, int64_t first_row, int64_t split, float* outs, float* sums) {
     const int64_t kv_heads = params.num_kv_heads, group = params.num_heads / kv_heads, head_dim = params.head_dim;
     const int64_t all_rows = params.q_len * group, splits = params.splits;
     int64_t row_begin[kMaxTaskRows], row_end[kMaxTaskRows];
@@ -315,8 +317,7 @@ class CpuBackend final : public Backend {
   }
 
   // Merges the parts, undoes the rotation, and puts the rows where the caller wants them.
-  static void finish(const Kernels& run, const AttendCall& call, int64_t splits, const float* outs,
-                     const float* sums) {
+  static void finish(const Kernels& run, const AttendCall& call, int64_t splits, const float* outs, const float* sums) {
     const int64_t batch = call.q.size(0), heads = call.q.size(1), q_len = call.q.size(2), head_dim = call.q.size(3);
     const int64_t group = heads / call.params.num_kv_heads;
     const bool is_direct = call.out.scalar_type() == at::kFloat;

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kMaxTile = 64;
 constexpr int kPrefetchBytes = 4096;  // how far ahead rows are fetched into the cache
-constexpr int kTileFloats = 8192;  // 32 KiB: positions a tile times head_dim
+constexpr int kTileFloats = 8192;     // 32 KiB: positions a tile times head_dim
 
 int64_t tile_positions(int64_t head_dim) {
   const int64_t fit = kTileFloats / head_dim / 16 * 16;
@@ -78,7 +78,7 @@ void rotate(const float* in, float* out, int64_t rows, int64_t head_dim, bool in
     if (odd == 1) {
       row = hadamard_power_of_two(buffers[0], buffers[1], head_dim);
     } else {
-      const float(*matrix)[20] = odd == 12 ? order12.entry : order20.entry;
+      const float (*matrix)[20] = odd == 12 ? order12.entry : order20.entry;
       const float* parts[20];
       for (int p = 0; p < odd; ++p) {
         parts[p] = hadamard_power_of_two(buffers[0] + p * part, buffers[1] + p * part, part);
@@ -177,9 +177,13 @@ TQ_INLINE void add_one_bit_plane(const uint8_t* plane, int shift, uint8_t* codes
 #endif
 }
 
-// The codes of one row, a byte each; the row itself where it already is that.
-const uint8_t* unpack(const uint8_t* row, int64_t head_dim, const StorageFormat& format, uint8_t* codes) {
-  if (format.low_plane == 8) return row;
+// The codes of one row, a byte each, below 2^bits; the row itself where it already is that.
+const uint8_t* unpack(const uint8_t* row, int64_t head_dim, const StorageFormat& format, int bits, uint8_t* codes) {
+  if (format.low_plane == 8) {
+    if (bits == 8) return row;
+    for (int64_t i = 0; i < head_dim; ++i) codes[i] = row[i] & ((1 << bits) - 1);  // whatever a foreign buffer holds
+    return codes;
+  }
   // Shifting within a word is shifting within each byte: the codes stay below 64.
   const auto add_two_bits = [&](const uint8_t* plane, int shift) {
     int64_t i = 0;
@@ -336,11 +340,12 @@ class RowDecoder {
     }
     __builtin_prefetch(store_.codes + slot * store_.row_bytes + kPrefetchBytes);
     alignas(64) uint8_t buffer[TQ_MAX_HEAD_DIM];
-    const uint8_t* codes = unpack(store_.codes + slot * store_.row_bytes, head_dim, *store_.format, buffer);
+    const uint8_t* codes =
+        unpack(store_.codes + slot * store_.row_bytes, head_dim, *store_.format, store_.codebook->bits, buffer);
     const float* norms = store_.norms + slot * norm_groups(head_dim);
     switch (store_.codebook->bits) {
-#define CASE(bits)                                                                        \
-  case bits:                                                                              \
+#define CASE(bits) \
+  case bits:       \
     return coded_row<bits>(table_, codes, norms, store_.norm_factor, mean, head_dim, out);
       CASE(2)
       CASE(3)
@@ -486,8 +491,8 @@ uint64_t hide_positions(const AttendTask& task, int64_t begin, int64_t count, in
     const bool* mask = task.row_mask != nullptr ? task.row_mask[r] + (begin - task.params->start) : nullptr;
     for (int64_t j = 0; j < padded; ++j) {
       const int64_t position = begin + j;
-      const bool is_visible = j < count && position >= task.row_begin[r] && position < task.row_end[r] &&
-                              (mask == nullptr || mask[j]);
+      const bool is_visible =
+          j < count && position >= task.row_begin[r] && position < task.row_end[r] && (mask == nullptr || mask[j]);
       if (is_visible) {
         seen |= uint64_t{1} << j;
       } else {

@@ -1,0 +1,45 @@
+"""The example programs run as a user would run them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_decode_loop(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    sizes = ["--context", "300", "--prompt-length", "200", "--generate", "20"]
+    formats = ["--formats", "f16/f16", "tq8/tq4", "tq3:plain"]
+    done = run("examples/decode_loop.py", *sizes, *formats, "--json", str(result))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(result.read_text())["rows"]
+    assert [row["cache"] for row in rows] == ["dense float32", "f16/f16", "tq8/tq4", "tq3:plain"]
+    dense, half, mixed, plain = rows
+    assert dense["kld"] == 0
+    assert half["kld"] < 1e-6
+    assert half["agreement"] == 20
+    assert 0 < mixed["kld"] < plain["kld"]
+    # Two tokens' worth of header aside, the bytes are the formats' own: 320 positions, 4 layers, 2 heads of 128.
+    assert half["nbytes"] == 300 * 4 * 2 * 2 * 128 * 2
+    assert plain["nbytes"] == 300 * 4 * 2 * 2 * (128 * 3 // 8 + 4)
+    for row in rows:
+        assert row["cache"] in done.stdout
+        assert 0.5 < row["bits_per_byte"] < 5
+
+
+def test_decode_loop_refuses_what_it_does_not_know() -> None:
+    done = run("examples/decode_loop.py", "--formats", "tq7/tq4", "--context", "40", "--prompt-length", "20")
+    assert done.returncode != 0
+    assert "unknown storage format 'tq7'; choose one of f16, tq2" in done.stderr
+    done = run("examples/decode_loop.py", "--context", "999999")
+    assert done.returncode != 0
+    assert "a context of 999999 needs as many" in done.stderr
