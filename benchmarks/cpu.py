@@ -75,7 +75,8 @@ def main() -> None:
         contestants["SDPA float32, enable_gqa"] = sdpa(q, arguments.kv_heads, arguments.length, dense, True)
         contestants["SDPA float32, heads packed"] = sdpa(q, arguments.kv_heads, arguments.length, dense, False)
         for formats in tqdm(arguments.formats, desc="filling caches", leave=False):
-            count = copies(tq.bytes_per_token(*formats.split("/"), arguments.head_dim))
+            k_format, v_format = formats.split("/")
+            count = copies(tq.bytes_per_token(k_format, v_format, arguments.head_dim))
             contestants[formats] = compressed(q, arguments.kv_heads, arguments.length, count, formats)
         times: dict[str, list[float]] = {name: [] for name in contestants}
         for i in tqdm(range(arguments.rounds + 1), desc="measuring", leave=False):
@@ -86,9 +87,11 @@ def main() -> None:
                     times[name].append(time.perf_counter() - begin)
     best = statistics.median(times["SDPA float32, heads packed"])
     rows = []
-    print(f"{arguments.heads} heads, {arguments.kv_heads} KV heads of {arguments.head_dim}, {arguments.length} positions, "
-          f"{arguments.threads} threads, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
-          f"torch {torch.__version__}")  # fmt: skip
+    shapes = f"{arguments.heads} heads, {arguments.kv_heads} KV heads of {arguments.head_dim}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(
+        f"{shapes}, {arguments.length} positions, {arguments.threads} threads, {capability}, torch {torch.__version__}"
+    )
     print(f"{'':28}{'median us':>10}{'min':>8}{'max':>9}{'x packed SDPA':>15}")
     for name, seconds in times.items():
         row = {"name": name, "median_us": statistics.median(seconds) * 1e6, "min_us": min(seconds) * 1e6}

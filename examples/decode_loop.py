@@ -16,6 +16,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -158,8 +159,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         size = (f"{r['nbytes'] / 1024:.0f}", f"{r['share_of_f16']:.0%}", f"{r['tokens_per_second']:.0f}")
         lines.append((r["cache"], *size, f"{r['agreement']}/{r['generated']}", *numbers))
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    aligned = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-               for line in lines]  # fmt: skip
+    first, *others = widths
+    aligned = [
+        line[0].ljust(first) + "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], others, strict=True))
+        for line in lines
+    ]
     return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
 
 
@@ -197,7 +201,7 @@ def main() -> None:
         return DenseCache(config, capacity, device, torch.float32)
 
     makers: list[Callable[[], Cache]] = [dense]
-    makers += [lambda f=formats: CompressedCache(config, capacity, f) for formats in arguments.formats]
+    makers += [partial(CompressedCache, config, capacity, formats) for formats in arguments.formats]
     print(f"Prompt: the first {arguments.prompt_length} bytes of {arguments.text.name}, ending in:")
     print(text[: arguments.prompt_length][-300:].decode(errors="replace"))
     generate(model, dense(), prompt[:, :16], 8, 0.0, lambda _: None)  # warm up, so that the first row is not slower
@@ -227,8 +231,8 @@ def main() -> None:
                 **compare(tokens, got, exact),
             }
         )
-    print(f"\n{capacity} tokens, {config.num_hidden_layers} layers, {config.num_key_value_heads} KV heads of "
-          f"{config.head_dim}; {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}\n")  # fmt: skip
+    sizes = f"{config.num_hidden_layers} layers, {config.num_key_value_heads} KV heads of {config.head_dim}"
+    print(f"\nCapacity {capacity}, {sizes}; {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(table(rows))
     if arguments.json:
         environment = {

@@ -1,5 +1,6 @@
 """What the format does to a trained model: KL divergence of the logits of the project's byte model."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_a_prompt_gives_what_single_tokens_give(model: ByteModel, texts: list[Te
         heads = (sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim, CONTEXT)
         layers = [tq.TQAttention(*heads, "tq4", "tq4") for _ in range(sizes.num_hidden_layers)]
         parts = []
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in itertools.pairwise(cuts):
             part = model(texts[0][:, begin:end], lambda layer, q, k, v: layers[layer](q, k, v), begin)
             parts.append(part)
         return torch.cat(parts, dim=1)

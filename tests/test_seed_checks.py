@@ -158,7 +158,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"scale {value}", ATTENTION, {"scale": value}, "scale must be finite")
     yield Case("negative rows", REDUCE, {"nrows": -1}, "nrows must not be negative, got -1")
     yield Case("negative write_pos", QUANTISE, {"write_pos": -1}, "write_pos must be 0 to 2^31 - 1, got -1")
-    yield Case("write_pos", QUANTISE, {"write_pos": CAPACITY - 1}, "write_pos 9 and 2 tokens do not fit a capacity of 10")
+    yield Case("write_pos", QUANTISE, {"write_pos": CAPACITY - 1}, "9 and 2 tokens do not fit a capacity of 10")
     # The end of the positions, and the numbers that partial results take, are larger than any integer here.
     yield Case("write_pos overflows", QUANTISE, {"write_pos": LARGEST}, "write_pos")
     yield Case("ring write_pos overflows", QUANTISE, {"write_pos": LARGEST, "is_sliding": True}, "write_pos")

@@ -185,7 +185,7 @@ class TQAttention(nn.Module):
             cache = self._allocate(q.shape[0], q.device)
         cache.check_room(q.shape[2])  # for the whole prompt, before its first part is written
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
-        outs = []
+        outs: list[Tensor] = []
         done = 0
         while done < q.shape[2] or not outs:
             # Cut where blocks are coded: a query then sees its own block dense, as it does when tokens come one by one.

@@ -6,6 +6,7 @@ import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,27 +57,27 @@ class CacheConfig:
         if self.encode not in ("fast", "plain"):
             raise ValueError(f"unknown encode {self.encode!r}; choose fast or plain")
 
-    @property
+    @cached_property
     def formats(self) -> tuple[fmt.Format, fmt.Format]:
         return fmt.FORMATS[self.k_format], fmt.FORMATS[self.v_format]
 
-    @property
+    @cached_property
     def block(self) -> int:
-        """Positions coded at a time; 0 if each token is stored as it comes. A cache that codes nothing needs no blocks."""
+        """Positions coded at a time; 0 if each token is stored as it comes, as in a cache that codes nothing."""
         return self.block_size if any(side.is_coded for side in self.formats) else 0
 
-    @property
+    @cached_property
     def is_ring(self) -> bool:
         return self.window is not None and self.capacity >= self.window
 
-    @property
+    @cached_property
     def slots(self) -> int:
         unit = self.block or 1
         if self.window is not None and self.is_ring:
             return -(-(self.window + MAX_WINDOW_QUERIES - 1) // unit) * unit
         return self.capacity // unit * unit  # what is left of a block waits in the tail
 
-    @property
+    @cached_property
     def tail_slots(self) -> int:
         return self.block + self.residual_length if self.block else 0
 
@@ -547,7 +548,7 @@ def _half(rows: Tensor) -> Tensor:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
 
 
 def _three_dimensional(mask: Tensor | None) -> Tensor | None:

@@ -413,23 +413,18 @@ def _seed_rows(
 
 def _seed_attention(
     q: Tensor,
-    k_store: Tensor,
-    k_norms: Tensor | None,
-    v_store: Tensor,
-    v_norms: Tensor | None,
+    stores: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     bits: int,
     kv_seq_len: int,
     scale: float,
-    mask_type: int,
-    sliding_window: int,
-    softcap: float,
-    ring_start: int,
-    scale_factor_d512: float,
+    mask: tuple[int, int, float, int, float],
     fuse_fwht_pre: bool,
     nwg: int,
     tmp: Tensor | None,
 ) -> Tensor:
     """Attention in the rotated domain, split over nwg contiguous parts whose partial results are merged."""
+    k_store, k_norms, v_store, v_norms = stores
+    mask_type, sliding_window, softcap, ring_start, scale_factor_d512 = mask
     head_dim = q.shape[-1]
     query = rotate(q) if fuse_fwht_pre else q
     query = query.reshape(-1, 1, head_dim)
@@ -503,11 +498,9 @@ def flash_attn_vec_tq(
     nwg: int = 0,
     tmp: Tensor | None = None,
 ) -> Tensor:
+    stores = (k_packed, k_norms, v_packed, v_norms)
     mask = (mask_type, sliding_window, softcap, ring_start, scale_factor_d512)
-    parts = _nwg("tq", kv_seq_len, nwg)
-    return _seed_attention(
-        q, k_packed, k_norms, v_packed, v_norms, 4, kv_seq_len, scale, *mask, fuse_fwht_pre=False, nwg=parts, tmp=tmp
-    )
+    return _seed_attention(q, stores, 4, kv_seq_len, scale, mask, False, _nwg("tq", kv_seq_len, nwg), tmp)
 
 
 def flash_attn_vec_hybrid(
@@ -528,11 +521,10 @@ def flash_attn_vec_hybrid(
     nsg: int = 0,
     tmp: Tensor | None = None,
 ) -> Tensor:
+    stores = (k_f16, None, v_packed, v_norms)
     mask = (mask_type, sliding_window, softcap, ring_start, scale_factor_d512)
     parts = _nwg("hybrid", kv_seq_len, nwg)
-    return _seed_attention(
-        q, k_f16, None, v_packed, v_norms, codebook_bits, kv_seq_len, scale, *mask, fuse_fwht_pre, parts, tmp
-    )
+    return _seed_attention(q, stores, codebook_bits, kv_seq_len, scale, mask, fuse_fwht_pre, parts, tmp)
 
 
 def flash_attn_vec_tq_hb(
@@ -554,10 +546,10 @@ def flash_attn_vec_tq_hb(
     nsg: int = 0,
     tmp: Tensor | None = None,
 ) -> Tensor:
+    stores = (k_packed, k_norms, v_packed, v_norms)
     mask = (mask_type, sliding_window, softcap, ring_start, scale_factor_d512)
     parts = _nwg("tq_hb", kv_seq_len, nwg)
-    stores = (k_packed, k_norms, v_packed, v_norms)
-    return _seed_attention(q, *stores, codebook_bits, kv_seq_len, scale, *mask, fuse_fwht_pre, parts, tmp)
+    return _seed_attention(q, stores, codebook_bits, kv_seq_len, scale, mask, fuse_fwht_pre, parts, tmp)
 
 
 def flash_attn_vec_tq_hb_with_fused_undo(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
