@@ -1,0 +1,289 @@
+"""TQAttention: the module that owns its cache."""
+
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from oracle import exact_attention, float32_bound, relative_error
+from torch import Tensor, nn
+
+import torch_tqattn as tq
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
+
+
+def tokens(device: str, count: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v."""
+    sizes = [(batch, heads, count, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    q, k, v = (torch.randn(size, device=device) for size in sizes)
+    return q, k, v
+
+
+def module(max_seq_len: int = 400, **options: Any) -> tq.TQAttention:
+    return tq.TQAttention(HEADS, KV_HEADS, HEAD_DIM, max_seq_len, **options)
+
+
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, cache: tq.KVCache, **options: Any) -> Tensor:
+    """What KVCache and attention make of the tokens when they come one at a time."""
+    outs = []
+    for i in range(q.shape[2]):
+        cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+        outs.append(tq.attention(q[:, :, i : i + 1], cache, **options))
+    return torch.cat(outs, dim=2)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"block_size": 0},
+    {"block_size": 16, "k_format": "tq6", "v_format": "f16"},
+    {"block_size": 16, "residual_length": 40, "encode": "plain"},
+    {"k_format": "f16", "v_format": "f16"},
+    {"window": 40},
+    {"window": 40, "block_size": 16, "residual_length": 5},
+    {"window": 200, "block_size": 0},
+    {"window": 1000},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_prompt_then_tokens_is_cache_and_attention(device: str, options: dict[str, Any]) -> None:
+    q, k, v = tokens(device, 330)
+    attention = module(scale=0.2, softcap=6.0, **options)
+    outs = [attention(*part) for part in zip(*(x.split([300, 1, 1, 28], dim=2) for x in (q, k, v)), strict=True)]
+    cache = tq.KVCache(2, KV_HEADS, HEAD_DIM, 400, device=device, **options)
+    expected = one_by_one(q, k, v, cache, scale=0.2, softcap=6.0)
+    for out, part in zip(outs, expected.split([300, 1, 1, 28], dim=2), strict=True):
+        assert relative_error(out, part) <= 2 * float32_bound(330)
+    assert attention.cache is not None
+    for kept, other in zip(attention.cache.dense(), cache.dense(), strict=True):
+        assert torch.equal(kept, other)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_prompt_is_close_to_exact_attention(device: str, window: int | None) -> None:
+    q, k, v = tokens(device, 300)
+    out = module(window=window, k_format="f16", v_format="f16")(q, k, v)
+    expected, _ = exact_attention(q, k, v, window=window)
+    assert relative_error(out, expected) <= 2 * 2**-11  # keys and values were rounded to half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_result_has_the_type_of_the_query(device: str, dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in tokens(device, 140))
+    assert module()(q, k, v).dtype == dtype
+
+
+@pytest.mark.parametrize("options", OPTIONS[:5], ids=str)
+def test_masks_and_sinks_of_a_long_prompt(device: str, options: dict[str, Any]) -> None:
+    q, k, v = tokens(device, 290)
+    sinks = torch.randn(HEADS, device=device)
+    for shape in ((2, 290, 310), (1, 1, 290, 310), (2, 1, 310)):
+        mask = torch.rand(shape, device=device) < 0.7
+        attention = module(**options)
+        first = tokens(device, 20)
+        attention(*first)
+        out = attention(q, k, v, attn_mask=mask, sinks=sinks)
+        cache = tq.KVCache(2, KV_HEADS, HEAD_DIM, 400, device=device, **options)
+        cache.append(*first[1:])
+        rows = (mask[:, 0] if mask.dim() == 4 else mask).expand(-1, 290, -1)
+        expected = []
+        for i in range(290):
+            cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+            seen = rows[:, i : i + 1, : len(cache)]
+            expected.append(tq.attention(q[:, :, i : i + 1], cache, attn_mask=seen, sinks=sinks))
+        assert relative_error(out, torch.cat(expected, dim=2)) <= 2 * float32_bound(310)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 40}], ids=str)
+def test_padded_prompt(device: str, options: dict[str, Any]) -> None:
+    q, k, v = tokens(device, 300)
+    attention = module(block_size=0, **options)
+    out = attention(q, k, v, left_padding=[0, 150])
+    alone = module(block_size=0, **options)(q[1:, :, 150:], k[1:, :, 150:], v[1:, :, 150:])
+    assert relative_error(out[1:, :, 150:], alone) <= 2 * float32_bound(300)
+    assert (out[1, :, :150] == 0).all()
+
+
+def test_no_tokens(device: str) -> None:
+    attention = module()
+    for _ in range(2):
+        assert attention(*tokens(device, 0)).shape == (2, HEADS, 0, HEAD_DIM)
+        attention(*tokens(device, 3))
+
+
+def bad_calls(device: str) -> dict[str, tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any], str]]:
+    """For 300 tokens: enough to be cut, so that the last part must be refused with the first."""
+    q, k, v = tokens(device, 300)
+    return {
+        "other heads": ((q[:, :3], k, v), {}, r"q must be \[batch, 4, tokens, 64\]"),
+        "q of three dimensions": ((q[0], k, v), {}, r"q must be \[batch, 4, tokens, 64\]"),
+        "k of three dimensions": ((q, k[0], v), {}, "got shape"),
+        "k shorter": ((q, k[:, :, :200], v[:, :, :200]), {}, "as many"),
+        "v shorter": ((q, k, v[:, :, :299]), {}, "as many"),
+        "k longer than whole parts": ((q[:, :, :256], k, v), {}, "as many"),
+        "other KV heads": ((q, k[:, :1], v[:, :1]), {}, "k must be"),
+        "another batch": ((q, k[:1], v[:1]), {}, "k must be"),
+        "int": ((q, k.int(), v), {}, "k must be float32"),
+        "sinks of another size": ((q, k, v), {"sinks": q[0, 0, 0, :3]}, "sinks must be"),
+        "mask of half the positions": (
+            (q, k, v),
+            {"attn_mask": torch.ones(1, 300, 150, dtype=torch.bool, device=device)},
+            "mask",
+        ),
+        "mask of more rows": (
+            (q, k, v),
+            {"attn_mask": torch.ones(1, 330, 300, dtype=torch.bool, device=device)},
+            "mask",
+        ),
+        "mask of fewer rows": (
+            (q, k, v),
+            {"attn_mask": torch.ones(1, 260, 300, dtype=torch.bool, device=device)},
+            "mask",
+        ),
+        "padding of another batch": ((q, k, v), {"left_padding": [1, 2, 3]}, "left_padding"),
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"block_size": 0}], ids=str)
+@pytest.mark.parametrize("case", bad_calls("cpu"))
+def test_a_call_that_fails_leaves_everything_as_it_was(device: str, case: str, options: dict[str, Any]) -> None:
+    arguments, keywords, message = bad_calls(device)[case]
+    attention = module(**options)
+    with pytest.raises(ValueError, match=message):
+        attention(*arguments, **keywords)
+    assert attention.cache is None
+    attention(*tokens(device, 5))
+    state = copy.deepcopy(attention.state_dict())
+    if "attn_mask" in keywords:
+        mask = keywords["attn_mask"]
+        keywords = {"attn_mask": torch.nn.functional.pad(mask, (5, 0), value=True)}
+    with pytest.raises(ValueError, match=message):
+        attention(*arguments, **keywords)
+    assert_same_state(attention.state_dict(), state)
+
+
+def test_a_prompt_beyond_the_capacity_is_refused_whole(device: str) -> None:
+    attention = module(max_seq_len=310)
+    attention(*tokens(device, 20))
+    state = copy.deepcopy(attention.state_dict())
+    with pytest.raises(ValueError, match="291 more tokens do not fit"):
+        attention(*tokens(device, 291))
+    assert_same_state(attention.state_dict(), state)
+    attention(*tokens(device, 290))
+
+
+def test_masks_of_a_long_windowed_prompt_are_refused(device: str) -> None:
+    attention = module(window=20)
+    mask = torch.ones(1, 300, 300, dtype=torch.bool, device=device)
+    with pytest.raises(ValueError, match="with a window, attn_mask"):
+        attention(*tokens(device, 300), attn_mask=mask)
+    assert attention.cache is None
+
+
+def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if isinstance(value, dict):
+            assert_same_state(value, b[name])
+        elif isinstance(value, Tensor):
+            assert torch.equal(value, b[name])
+        else:
+            assert value == b[name]
+
+
+class Layers(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(module(**options) for _ in range(2))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.layers[1](self.layers[0](q, k, v), k, v)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"block_size": 0}], ids=str)
+def test_state_dict_of_a_model(device: str, options: dict[str, Any]) -> None:
+    model, other = Layers(**options), Layers(**options)
+    model(*tokens(device, 140))
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert_same_state(other.state_dict(), model.state_dict())
+    more = tokens(device, 3)
+    assert torch.equal(other(*more), model(*more))
+
+
+def test_state_dict_of_a_module_without_tokens(device: str) -> None:
+    attention = module()
+    attention(*tokens(device, 3))
+    attention.load_state_dict(module().state_dict())
+    assert attention.cache is None
+
+
+def test_state_of_another_configuration_is_refused(device: str) -> None:
+    attention, other = module(), module(k_format="tq6")
+    attention(*tokens(device, 3))
+    other(*tokens(device, 3))
+    state = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"tq8.*tq6"):
+        other.load_state_dict(attention.state_dict())
+    assert_same_state(other.state_dict(), state)
+
+
+def test_deepcopy_is_independent(device: str) -> None:
+    model = Layers()
+    model(*tokens(device, 140))
+    state = copy.deepcopy(model.state_dict())
+    other = copy.deepcopy(model)
+    more = tokens(device, 3)
+    out = other(*more)
+    assert_same_state(model.state_dict(), state)
+    assert torch.equal(model(*more), out)
+
+
+def test_reset_takes_another_batch_size(device: str) -> None:
+    attention = module()
+    attention(*tokens(device, 3))
+    with pytest.raises(ValueError, match=r"k must be \[2, 2"):
+        attention(*tokens(device, 3, batch=5))
+    attention.reset()
+    assert attention.cache is None
+    attention(*tokens(device, 3, batch=5))
+    assert attention.cache is not None
+    assert attention.cache.config.batch_size == 5
+
+
+def test_repr_says_what_it_is(device: str) -> None:
+    attention = module(k_format="tq6")
+    assert "4 heads on 2 of 64, tq6/tq4" in repr(attention)
+    attention(*tokens(device, 3))
+    assert "3 of 400 tokens" in repr(attention)
+
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"num_heads": 0}, "num_heads 0 must be a positive multiple of num_kv_heads 2"),
+    ({"num_heads": 3}, "num_heads 3 must be a positive multiple of num_kv_heads 2"),
+    ({"num_heads": -2}, "num_heads -2 must be"),
+    ({"num_heads": "4"}, "num_heads '4' must be"),
+    ({"num_kv_heads": 0}, "num_kv_heads must be a positive integer, got 0"),
+    ({"head_dim": 72}, "unsupported head_dim 72; choose one of 64, 80"),
+    ({"max_seq_len": 0}, "must be a positive integer, got 0"),
+    ({"k_format": "int4"}, "unknown storage format 'int4'; choose one of f16"),
+    ({"v_format": "int4"}, "unknown storage format 'int4'; choose one of f16"),
+    ({"window": 0}, "window must be None"),
+    ({"block_size": -1}, "block_size must be a non-negative integer"),
+    ({"residual_length": 1.5}, "residual_length must be a non-negative integer"),
+    ({"encode": "best"}, "unknown encode 'best'; choose fast or plain"),
+    ({"scale": math.nan}, "scale must be None .* or finite, got nan"),
+    ({"softcap": -1.0}, "softcap must be 0 .* or a positive number, got -1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_ARGUMENTS, ids=lambda x: str(x) if isinstance(x, dict) else "")
+def test_bad_arguments_are_reported_at_once(changes: dict[str, Any], message: str) -> None:
+    sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "max_seq_len": 8}
+    with pytest.raises(ValueError, match=message):
+        tq.TQAttention(**{**sizes, **changes})
