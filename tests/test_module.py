@@ -3,6 +3,8 @@
 import copy
 import io
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -287,3 +289,28 @@ def test_bad_arguments_are_reported_at_once(changes: dict[str, Any], message: st
     sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "max_seq_len": 8}
     with pytest.raises(ValueError, match=message):
         tq.TQAttention(**{**sizes, **changes})
+
+
+PREFILL = """
+import resource, sys, torch, torch_tqattn as tq
+torch.set_grad_enabled(False)
+attention = tq.TQAttention(8, 8, 128, 8192, "tq4", "tq4")
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def prefill(tokens):
+    x = torch.randn(3, 1, 8, tokens, 128)
+    attention(x[0], x[1], x[2])
+prefill(256)
+before = peak()
+for _ in range(31):
+    prefill(256)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_prefill_never_holds_the_past_dense() -> None:
+    done = subprocess.run([sys.executable, "-c", PREFILL], capture_output=True, text=True, check=True)
+    codes = 8192 * 8 * 2 * 70  # of which the buffers are allocated before, but touched only as they fill
+    dense_past = 8192 * 8 * 2 * 128 * 4
+    assert int(done.stdout) < codes + dense_past / 4

@@ -1,25 +1,20 @@
 """KVCache: a TurboQuant-compressed key-value cache of one attention layer."""
 
-import json
 import os
-import tempfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from . import cache_file
 from . import format as fmt
+from .reference import to_half
 
 # Query tokens that may attend at once to a windowed cache: its ring keeps this many positions beyond the window.
 MAX_WINDOW_QUERIES = 128
-FILE_KIND = "torch_tqattn.KVCache"
 
 
 @dataclass(frozen=True)
@@ -321,7 +316,7 @@ class KVCache:
                 for side, rows in zip((self._k, self._v), self._decode(coded, end, rotated=True), strict=True):
                     assert side.tail is not None
                     slots = torch.arange(coded, end, device=self.device) % self.config.tail_slots
-                    side.tail[:, :, slots] = _half(rows)
+                    side.tail[:, :, slots] = to_half(rows)
             self._coded = coded
         self._length = end
 
@@ -372,17 +367,7 @@ class KVCache:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file whose header states version, configuration and checksums."""
-        state = self.state_dict()
-        tensors = {name: t.contiguous().cpu() for name, t in state.pop("tensors").items()}
-        checksums = {name: _checksum(t) for name, t in tensors.items()}
-        header = json.dumps({"kind": FILE_KIND, **state, "crc32": checksums})
-        metadata = {"torch_tqattn": header, "crc32": str(zlib.crc32(header.encode()))}
-        # A reader, or a crash, never sees half a file.
-        target = Path(path).resolve()
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=target.name) as folder:
-            temporary = os.path.join(folder, target.name)
-            safetensors.torch.save_file(tensors, temporary, metadata)
-            os.replace(temporary, target)
+        cache_file.write_state(path, self.state_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> "KVCache":
@@ -393,24 +378,9 @@ class KVCache:
             ValueError: the file is not such a cache, of another version, or damaged.
         """
         try:
-            with safetensors.safe_open(str(path), "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if "torch_tqattn" not in metadata:
-                raise ValueError("it holds something else")
-            header = json.loads(metadata["torch_tqattn"])
-            if header["kind"] != FILE_KIND or header["version"] != fmt.FORMAT_VERSION:
-                raise ValueError(
-                    f"it holds {header['kind']} version {header['version']}, "
-                    f"supported is {FILE_KIND} version {fmt.FORMAT_VERSION}"
-                )
-            if metadata.get("crc32") != str(zlib.crc32(metadata["torch_tqattn"].encode())):
-                raise ValueError("the checksum of its header is wrong: the file is damaged")
-            for name, tensor in tensors.items():
-                if header["crc32"].get(name) != _checksum(tensor):
-                    raise ValueError(f"the checksum of {name} is wrong: the file is damaged")
-            cache = cls(**header["config"], device=device)
-            cache._fill({**header, "tensors": tensors})
+            state = cache_file.read_state(path)
+            cache = cls(**state["config"], device=device)
+            cache._fill(state)
         except FileNotFoundError:
             raise
         except Exception as error:
@@ -541,14 +511,6 @@ class KVCache:
             if starts.shape != (self.config.batch_size,) or starts.dtype != torch.int32:
                 raise ValueError(f"starts is {starts.dtype} {list(starts.shape)}, expected int32 [batch]")
             self._starts = starts.to(self.device)
-
-
-def _half(rows: Tensor) -> Tensor:
-    return torch.where(rows.isinf(), rows, rows.clamp(-fmt.HALF_MAX, fmt.HALF_MAX)).half()
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
 
 
 def _three_dimensional(mask: Tensor | None) -> Tensor | None:
