@@ -105,7 +105,7 @@ def signs(head_dim: int) -> Tensor:
     return (1.0 - 2.0 * bits.flatten()[:head_dim].float()).contiguous()
 
 
-def _hadamard_odd_order(order: int) -> Tensor:
+def hadamard_odd_order(order: int) -> Tensor:
     """Symmetric Hadamard matrix of order q + 1, q = 11 or 19: a border of ones around the Legendre symbols of i + j.
 
     Symmetric, so that the rotation's inverse is the same transform (Paley's first construction with rows reflected).
@@ -128,7 +128,7 @@ def odd_order(head_dim: int) -> int:
 def hadamard(head_dim: int) -> Tensor:
     """The symmetric Hadamard matrix of order head_dim, float64, entries +1 and -1."""
     odd = odd_order(check_head_dim(head_dim))
-    matrix = _hadamard_odd_order(odd) if odd > 1 else torch.ones(1, 1, dtype=torch.float64)
+    matrix = hadamard_odd_order(odd) if odd > 1 else torch.ones(1, 1, dtype=torch.float64)
     sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     while matrix.shape[0] < head_dim:
         matrix = torch.kron(matrix, sylvester)

@@ -4,7 +4,6 @@ Signatures are the operators' own (csrc/schema.cpp). Arguments have been checked
 Positions are absolute: position p of a ring of C slots lives in slot p % C, so a ring never moves a row.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,15 +14,30 @@ from . import format as fmt
 Rows = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # codes, norms, means, tail
 
 
-@lru_cache(maxsize=32)
-def _rotation(head_dim: int, device: torch.device) -> Tensor:
-    matrix = fmt.signs(head_dim).double()[:, None] * fmt.hadamard(head_dim) / head_dim**0.5
-    return matrix.to(device=device, dtype=torch.float32)
+def _hadamard(x: Tensor) -> Tensor:
+    """Hadamard transform of the last dimension, not normalised, by sums and differences.
+
+    Not a matrix product: that rounds differently with the shape of the batch, and the same token must always get the
+    same codes.
+    """
+    head_dim = x.shape[-1]
+    odd = fmt.odd_order(head_dim)
+    if odd > 1:
+        signs = fmt.hadamard_odd_order(odd).to(device=x.device, dtype=torch.float32)
+        x = (x.unflatten(-1, (1, odd, -1)) * signs[:, :, None]).sum(-2).flatten(-2)
+    width = head_dim // odd
+    while width > 1:
+        width //= 2
+        first, second = x.unflatten(-1, (-1, 2, width)).unbind(-2)
+        x = torch.stack([first + second, first - second], dim=-2).flatten(-3)
+    return x
 
 
 def rotate(x: Tensor, inverse: bool = False) -> Tensor:
-    matrix = _rotation(x.shape[-1], x.device)
-    return x.float() @ (matrix.T if inverse else matrix)
+    head_dim = x.shape[-1]
+    signs = fmt.signs(head_dim).to(x.device)
+    rotated = _hadamard(x.float() if inverse else x.float() * signs) / head_dim**0.5
+    return rotated * signs if inverse else rotated
 
 
 def to_half(y: Tensor) -> Tensor:
