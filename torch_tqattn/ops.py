@@ -6,25 +6,25 @@ from typing import Any
 
 import torch
 
-from . import reference
+from . import reference, reference_seed
 
-OPERATORS = (
-    "rotate",
-    "encode_kv_",
-    "attend",
-    "decode_kv",
-    "decode_step_",
-    "fwht_sign_premult",
-    "fwht_sign_undo",
-    "hadamard_quantize_kv",
-    "hadamard_quantize_kv_hb",
-    "flash_attn_vec_tq",
-    "flash_attn_vec_tq_hb",
-    "flash_attn_vec_tq_hb_with_fused_undo",
-    "flash_attn_vec_hybrid",
-    "flash_attn_vec_reduce",
-    "flash_attn_vec_reduce_tq_hb_undo",
-)
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "rotate": reference.rotate,
+    "encode_kv_": reference.encode_kv_,
+    "attend": reference.attend,
+    "decode_kv": reference.decode_kv,
+    "decode_step_": reference.decode_step_,
+    "fwht_sign_premult": reference_seed.fwht_sign_premult,
+    "fwht_sign_undo": reference_seed.fwht_sign_undo,
+    "hadamard_quantize_kv": reference_seed.hadamard_quantize_kv,
+    "hadamard_quantize_kv_hb": reference_seed.hadamard_quantize_kv_hb,
+    "flash_attn_vec_tq": reference_seed.flash_attn_vec_tq,
+    "flash_attn_vec_tq_hb": reference_seed.flash_attn_vec_tq_hb,
+    "flash_attn_vec_tq_hb_with_fused_undo": reference_seed.flash_attn_vec_tq_hb_with_fused_undo,
+    "flash_attn_vec_hybrid": reference_seed.flash_attn_vec_hybrid,
+    "flash_attn_vec_reduce": reference_seed.flash_attn_vec_reduce,
+    "flash_attn_vec_reduce_tq_hb_undo": reference_seed.flash_attn_vec_reduce_tq_hb_undo,
+}
 
 
 def _load_library() -> None:
@@ -40,7 +40,7 @@ def _load_library() -> None:
 def with_checks(name: str) -> Callable[..., Any]:
     """The reference of operator `name` behind the operator's own checks, whatever the device."""
     operator = getattr(torch.ops.tqattn, name).default
-    run = getattr(reference, name)
+    run = OPERATORS[name]
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         # On a device without a backend, the native function checks its arguments and does nothing else.

@@ -1,0 +1,286 @@
+// Codes: packing, coding of rotated rows, and decoding of a position, whatever holds it.
+// Part of kernels_impl.h: compiled once for each instruction set.
+
+constexpr int kPrefetchBytes = 4096;  // how far ahead rows are fetched into the cache
+
+// Each byte of a 1- or 2-bit plane, spread to one byte a code.
+struct SpreadTables {
+  uint64_t one_bit[256]{};
+  uint32_t two_bits[256]{};
+  constexpr SpreadTables() {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int i = 0; i < 8; ++i) one_bit[byte] |= static_cast<uint64_t>((byte >> i) & 1) << (8 * i);
+      for (int i = 0; i < 4; ++i) two_bits[byte] |= static_cast<uint32_t>((byte >> (2 * i)) & 3) << (8 * i);
+    }
+  }
+};
+
+constexpr SpreadTables kSpread;  // code i is byte i of the word: x86-64 and arm64 are little-endian
+
+// Nibbles to a byte each: 16 bytes to 32 codes.
+TQ_INLINE void unpack_nibbles(const uint8_t* row, uint8_t* codes) {
+#if defined(__x86_64__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
+  const __m128i mask = _mm_set1_epi8(15);
+  const __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm_unpacklo_epi8(low, high));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm_unpackhi_epi8(low, high));
+#elif defined(__aarch64__)
+  const uint8x16_t bytes = vld1q_u8(row);
+  const uint8x16x2_t nibbles = {vandq_u8(bytes, vdupq_n_u8(15)), vshrq_n_u8(bytes, 4)};
+  vst2q_u8(codes, nibbles);
+#else
+  for (int i = 0; i < 16; ++i) {
+    codes[2 * i] = row[i] & 15;
+    codes[2 * i + 1] = row[i] >> 4;
+  }
+#endif
+}
+
+// 2-bit fields to a byte each, shifted: 16 bytes add to 64 codes.
+TQ_INLINE void add_two_bit_plane(const uint8_t* plane, int shift, uint8_t* codes) {
+#if defined(__x86_64__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(plane)), mask = _mm_set1_epi8(3);
+  const __m128i field0 = _mm_and_si128(bytes, mask), field1 = _mm_and_si128(_mm_srli_epi16(bytes, 2), mask);
+  const __m128i field2 = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+  const __m128i field3 = _mm_and_si128(_mm_srli_epi16(bytes, 6), mask);
+  const __m128i low01 = _mm_unpacklo_epi8(field0, field1), high01 = _mm_unpackhi_epi8(field0, field1);
+  const __m128i low23 = _mm_unpacklo_epi8(field2, field3), high23 = _mm_unpackhi_epi8(field2, field3);
+  const __m128i quarters[4] = {_mm_unpacklo_epi16(low01, low23), _mm_unpackhi_epi16(low01, low23),
+                               _mm_unpacklo_epi16(high01, high23), _mm_unpackhi_epi16(high01, high23)};
+  for (int i = 0; i < 4; ++i) {
+    __m128i* to = reinterpret_cast<__m128i*>(codes + 16 * i);
+    _mm_storeu_si128(to, _mm_or_si128(_mm_loadu_si128(to), _mm_slli_epi16(quarters[i], shift)));
+  }
+#else
+  for (int i = 0; i < 16; ++i) {
+    uint32_t word;
+    std::memcpy(&word, codes + 4 * i, 4);
+    word |= kSpread.two_bits[plane[i]] << shift;
+    std::memcpy(codes + 4 * i, &word, 4);
+  }
+#endif
+}
+
+// Bits to a byte each, shifted: 2 bytes add to 16 codes.
+TQ_INLINE void add_one_bit_plane(const uint8_t* plane, int shift, uint8_t* codes) {
+#if defined(TQ_ISA_AVX512)
+  uint16_t bits;
+  std::memcpy(&bits, plane, 2);
+  __m128i* to = reinterpret_cast<__m128i*>(codes);
+  const __m128i ones = _mm_maskz_set1_epi8(bits, static_cast<char>(1 << shift));
+  _mm_storeu_si128(to, _mm_or_si128(_mm_loadu_si128(to), ones));
+#else
+  for (int i = 0; i < 2; ++i) {
+    uint64_t word;
+    std::memcpy(&word, codes + 8 * i, 8);
+    word |= kSpread.one_bit[plane[i]] << shift;
+    std::memcpy(codes + 8 * i, &word, 8);
+  }
+#endif
+}
+
+// The codes of one row, a byte each, below 2^bits; the row itself where it already is that.
+const uint8_t* unpack(const uint8_t* row, int64_t head_dim, const StorageFormat& format, int bits, uint8_t* codes) {
+  if (format.low_plane == 8) {
+    if (bits == 8) return row;
+    for (int64_t i = 0; i < head_dim; ++i) codes[i] = row[i] & ((1 << bits) - 1);  // whatever a foreign buffer holds
+    return codes;
+  }
+  // Shifting within a word is shifting within each byte: the codes stay below 64.
+  const auto add_two_bits = [&](const uint8_t* plane, int shift) {
+    int64_t i = 0;
+    for (; i + 64 <= head_dim; i += 64) add_two_bit_plane(plane + i / 4, shift, codes + i);
+    for (; i < head_dim; ++i) codes[i] |= ((plane[i / 4] >> (2 * (i % 4))) & 3) << shift;
+  };
+  if (format.low_plane == 4) {
+    int64_t i = 0;
+    for (; i + 32 <= head_dim; i += 32) unpack_nibbles(row + i / 2, codes + i);
+    for (; i < head_dim; i += 2) {  // head_dim 80
+      codes[i] = row[i / 2] & 15;
+      codes[i + 1] = row[i / 2] >> 4;
+    }
+  } else {
+    std::memset(codes, 0, head_dim);
+    add_two_bits(row, 0);
+  }
+  const uint8_t* high = row + head_dim * format.low_plane / 8;
+  if (format.high_plane == 1) {
+    for (int64_t i = 0; i < head_dim; i += 16) add_one_bit_plane(high + i / 8, format.low_plane, codes + i);
+  } else if (format.high_plane == 2) {
+    add_two_bits(high, format.low_plane);
+  }
+  return codes;
+}
+
+void pack(const uint8_t* codes, int64_t head_dim, const StorageFormat& format, uint8_t* row, int64_t row_bytes) {
+  const int planes[2] = {format.low_plane, format.high_plane};
+  std::memset(row, 0, row_bytes);
+  int shift = 0;
+  for (int plane : planes) {
+    if (plane == 0) continue;
+    const int mask = (1 << plane) - 1;
+    for (int64_t i = 0; i < head_dim; ++i) {
+      row[i * plane / 8] |= static_cast<uint8_t>(((codes[i] >> shift) & mask) << (i * plane % 8));
+    }
+    row += head_dim * plane / 8;
+    shift += plane;
+  }
+}
+
+// Coding
+
+float to_finite_half_range(float x) {
+  constexpr float kHalfMax = 65504.0f;
+  return std::isinf(x) ? x : x > kHalfMax ? kHalfMax : x < -kHalfMax ? -kHalfMax : x;
+}
+
+// sqrt(mean(x^2)), scaled by the largest number so that neither huge nor tiny ones leave float32. NaN for non-finite.
+float root_mean_square(const float* x, int64_t count) {
+  float peak = 0, sum = 0;
+  bool is_finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    peak = std::fabs(x[i]) > peak ? std::fabs(x[i]) : peak;
+    is_finite &= std::isfinite(x[i]);
+  }
+  if (!is_finite) return std::numeric_limits<float>::quiet_NaN();
+  if (peak == 0) return 0;
+  for (int64_t i = 0; i < count; ++i) sum += (x[i] / peak) * (x[i] / peak);
+  return peak * std::sqrt(sum / count);
+}
+
+void encode_row(const float* row, int64_t head_dim, const HeadStore& store, int64_t slot, bool preserve_norm) {
+  if (store.codebook == nullptr) {
+    c10::Half* dense = reinterpret_cast<c10::Half*>(store.codes) + slot * head_dim;
+    for (int64_t i = 0; i < head_dim; ++i) dense[i] = c10::Half(to_finite_half_range(row[i]));
+    return;
+  }
+  const Codebook& codebook = *store.codebook;
+  uint8_t codes[TQ_MAX_HEAD_DIM];
+  const int64_t groups = norm_groups(head_dim);
+  const int64_t size = head_dim / groups;
+  for (int64_t group = 0; group < groups; ++group) {
+    const float* x = row + group * size;
+    const float rms = root_mean_square(x, size);
+    const bool is_number = rms > 0;  // neither zero nor NaN
+    alignas(64) float normalised[TQ_NORM_GROUP];
+    alignas(64) int32_t index[TQ_NORM_GROUP] = {};
+    for (int64_t i = 0; i < size; ++i) normalised[i] = is_number ? x[i] / rms : 0.0f;
+    for (int t = 0; t < (1 << codebook.bits) - 1; ++t) {
+      const float threshold = codebook.thresholds[t];
+      for (int64_t i = 0; i < size; ++i) index[i] += normalised[i] > threshold;
+    }
+    float norm = rms;
+    if (is_number && preserve_norm) {
+      float sum = 0;
+      for (int64_t i = 0; i < size; ++i) sum += codebook.levels[index[i]] * codebook.levels[index[i]];
+      norm = rms / std::sqrt(sum / size);
+    }
+    for (int64_t i = 0; i < size; ++i) codes[group * size + i] = static_cast<uint8_t>(index[i]);
+    store.norms[slot * groups + group] = norm / store.norm_factor;
+  }
+  pack(codes, head_dim, *store.format, store.codes + slot * store.row_bytes, store.row_bytes);
+}
+
+// Decoding
+
+void half_row(const c10::Half* row, const float* mean, int64_t head_dim, float* out) {
+  for (int64_t i = 0; i < head_dim; i += kWidth) {
+    const FloatVec x = load_half(row + i);
+    store(out + i, mean ? x + load(mean + i) : x);
+  }
+}
+
+template <int kBits>
+void coded_row(const LevelTable& table, const uint8_t* codes, const float* norms, float norm_factor, const float* mean,
+               int64_t head_dim, float* out) {
+  const int64_t size = head_dim < TQ_NORM_GROUP ? head_dim : TQ_NORM_GROUP;
+  for (int64_t begin = 0; begin < head_dim; begin += size) {
+    const float norm = norms[begin / size] * norm_factor;
+#if defined(TQ_ISA_AVX512)
+    if (kBits == 8 && table.codebook->integers != nullptr && size % 32 == 0) {
+      const FloatVec factor = broadcast(norm * table.codebook->scale);
+      for (int64_t i = begin; i < begin + size; i += 32) {
+        const __m512i integers = look_up_integers(table.codebook->integers, codes + i);
+        const FloatVec a = (FloatVec)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(integers)));
+        const FloatVec b = (FloatVec)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(integers, 1)));
+        store(out + i, mean ? a * factor + load(mean + i) : a * factor);
+        store(out + i + 16, mean ? b * factor + load(mean + i + 16) : b * factor);
+      }
+      continue;
+    }
+#endif
+    const FloatVec factor = broadcast(norm);
+    for (int64_t i = begin; i < begin + size; i += kWidth) {
+      const FloatVec x = look_up(table, codes + i, kBits);
+      store(out + i, mean ? x * factor + load(mean + i) : x * factor);
+    }
+  }
+}
+
+// Decodes positions of one head; keeps the float32 mean of the block it is in.
+class RowDecoder {
+ public:
+  RowDecoder(const HeadStore& store, const TqAttendParams& params) : store_(store), params_(params) {
+    table_.codebook = store.codebook;
+    if (store.codebook != nullptr) {
+      const int count = 1 << store.codebook->bits;
+      for (int i = 0; i < 64; ++i) table_.levels[i] = store.codebook->levels[i % count];
+    }
+  }
+
+  void operator()(int64_t position, float* out) {
+    const int64_t head_dim = params_.head_dim;
+    if (position >= params_.coded && store_.tail != nullptr) {
+      half_row(store_.tail + position % params_.tail_slots * head_dim, nullptr, head_dim, out);
+      return;
+    }
+    const int64_t slot = position % params_.slots;
+    const float* mean = block_mean(slot);
+    if (store_.codebook == nullptr) {
+      half_row(reinterpret_cast<const c10::Half*>(store_.codes) + slot * head_dim, mean, head_dim, out);
+      return;
+    }
+    __builtin_prefetch(store_.codes + slot * store_.row_bytes + kPrefetchBytes);
+    alignas(64) uint8_t buffer[TQ_MAX_HEAD_DIM];
+    const uint8_t* codes =
+        unpack(store_.codes + slot * store_.row_bytes, head_dim, *store_.format, store_.codebook->bits, buffer);
+    const float* norms = store_.norms + slot * norm_groups(head_dim);
+    switch (store_.codebook->bits) {
+#define CASE(bits) \
+  case bits:       \
+    return coded_row<bits>(table_, codes, norms, store_.norm_factor, mean, head_dim, out);
+      CASE(2)
+      CASE(3)
+      CASE(4)
+      CASE(5)
+      CASE(6)
+      CASE(8)
+#undef CASE
+    }
+  }
+
+ private:
+  const float* block_mean(int64_t slot) {
+    if (store_.means == nullptr) return nullptr;
+    const int64_t block = slot / params_.block_size;
+    if (block != block_) {
+      half_row(store_.means + block * params_.head_dim, nullptr, params_.head_dim, mean_);
+      block_ = block;
+    }
+    return mean_;
+  }
+
+  const HeadStore& store_;
+  const TqAttendParams& params_;
+  LevelTable table_;
+  int64_t block_ = -1;
+  alignas(64) float mean_[TQ_MAX_HEAD_DIM];
+};
+
+void decode(const HeadStore& store, const TqAttendParams& params, int64_t begin, int64_t end, float* out) {
+  RowDecoder decode_row(store, params);
+  for (int64_t position = begin; position < end; ++position) {
+    decode_row(position, out + (position - begin) * params.head_dim);
+  }
+}
