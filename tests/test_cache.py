@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import exact_attention, float32_bound, relative_error
@@ -111,7 +112,7 @@ def test_any_chunking_stores_the_same(device: str, formats: tuple[str, str], opt
 @pytest.mark.parametrize("block_size", [0, 128])
 @pytest.mark.parametrize("name", CODED)
 def test_error_is_that_of_the_best_codebook(device: str, name: str, block_size: int, head_dim: int) -> None:
-    k, v = random_kv(device, 1, 1, 2**18 // head_dim // 128 * 128 + 128, head_dim)
+    k, v = random_kv(device, 1, 1, 2**20 // head_dim // 128 * 128 + 128, head_dim)
     cache = filled(k, v, k_format=name, v_format=name, block_size=block_size)
     coded = slice(0, k.shape[2] - 128)
     for decoded, original in zip(cache.dense(), (k, v), strict=True):
@@ -1086,3 +1087,19 @@ def test_any_sequence_of_calls(device: str, tmp_path: Path, config: dict[str, An
         else:
             model.reset()
         model.check(data.draw(st.integers(1, 5)))
+
+
+def test_a_compiled_loop_is_one_graph_that_lengths_do_not_recompile() -> None:
+    def loop(cache: tq.KVCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.append(k, v)
+        return tq.attention(q, cache) * 2
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(loop, fullgraph=True, backend=counter)
+    caches = [tq.KVCache(1, 2, 64, 64, "tq8", "tq4", block_size=16) for _ in range(2)]
+    for _ in range(40):
+        q, k, v = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64)
+        assert torch.equal(compiled(caches[0], q, k, v), loop(caches[1], q, k, v))
+    # Lengths 0 and 1 are always special to the compiler; then any length without, and any with, a block that is coded.
+    assert counter.frame_count <= 5

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,27 +51,27 @@ class CacheConfig:
         if self.encode not in ("fast", "plain"):
             raise ValueError(f"unknown encode {self.encode!r}; choose fast or plain")
 
-    @cached_property
+    @property
     def formats(self) -> tuple[fmt.Format, fmt.Format]:
         return fmt.FORMATS[self.k_format], fmt.FORMATS[self.v_format]
 
-    @cached_property
+    @property
     def block(self) -> int:
         """Positions coded at a time; 0 if each token is stored as it comes, as in a cache that codes nothing."""
-        return self.block_size if any(side.is_coded for side in self.formats) else 0
+        return 0 if self.k_format == self.v_format == "f16" else self.block_size
 
-    @cached_property
+    @property
     def is_ring(self) -> bool:
         return self.window is not None and self.capacity >= self.window
 
-    @cached_property
+    @property
     def slots(self) -> int:
         unit = self.block or 1
         if self.window is not None and self.is_ring:
             return -(-(self.window + MAX_WINDOW_QUERIES - 1) // unit) * unit
         return self.capacity // unit * unit  # what is left of a block waits in the tail
 
-    @cached_property
+    @property
     def tail_slots(self) -> int:
         return self.block + self.residual_length if self.block else 0
 
