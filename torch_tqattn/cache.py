@@ -296,13 +296,16 @@ class KVCache:
         """Forget the newest tokens.
 
         Args:
-            length: keep the oldest `length` of the len(self) positions. Negative: forget the newest -length tokens, as
+            length: keep the oldest `length` of the len(self) positions; 0 is reset. Negative: forget the newest -length tokens, as
                 after rejected speculation; a windowed cache then sees again what its window had just left behind.
 
         Raises:
             ValueError: more than the cache holds.
         """
         held = len(self)
+        if length == 0:
+            self.reset()
+            return
         if not -held <= length <= held:
             raise ValueError(f"cannot crop to {length}: the cache holds {held} tokens; choose {-held} to {held}")
         end = self._length + length if length < 0 else self._begin(1) + length
@@ -432,9 +435,10 @@ class KVCache:
         if self._length:
             raise ValueError(f"left_padding comes with the first tokens, but the cache holds {self._length} already")
         padding = torch.as_tensor(left_padding)
-        if padding.shape != (self.config.batch_size,) or padding.is_floating_point() or padding.min() < 0:
+        is_count = padding.shape == (self.config.batch_size,) and not padding.is_floating_point()
+        if not is_count or padding.min() < 0 or padding.max() >= 2**31:
             raise ValueError(
-                f"left_padding must be {self.config.batch_size} non-negative integers, one a sequence, got {padding}"
+                f"left_padding must be {self.config.batch_size} counts, one a sequence, below 2^31, got {padding}"
             )
         return padding.to(device=self.device, dtype=torch.int32) if padding.any() else None
 
