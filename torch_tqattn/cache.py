@@ -296,8 +296,9 @@ class KVCache:
         """Forget the newest tokens.
 
         Args:
-            length: keep the oldest `length` of the len(self) positions; 0 is reset. Negative: forget the newest -length tokens, as
-                after rejected speculation; a windowed cache then sees again what its window had just left behind.
+            length: keep the oldest `length` of the len(self) positions; 0 is `reset`. Negative: forget the newest
+                -length tokens, as after rejected speculation; a windowed cache then sees again what its window had
+                just left behind.
 
         Raises:
             ValueError: more than the cache holds.
