@@ -595,7 +595,7 @@ def test_padding_is_a_list_or_a_tensor(device: str, as_tensor: bool) -> None:
 def test_padding_that_does_not_fit_the_batch(device: str, padding: Any) -> None:
     k, v = random_kv(device, 3, 1, 4, 64)
     cache = tq.KVCache(3, 1, 64, 30, device=device)
-    with pytest.raises(ValueError, match="left_padding must be 3 non-negative integers"):
+    with pytest.raises(ValueError, match="left_padding must be 3 counts, one a sequence"):
         cache.append(k, v, left_padding=padding)
     assert len(cache) == 0
 

@@ -317,6 +317,18 @@ def test_decode_step_is_encode_and_attend(device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(stores, other, strict=True) if isinstance(a, Tensor))
 
 
+def test_a_block_is_coded_without_new_tokens(device: str) -> None:
+    sizes = {"slots": 32, "block_size": 16, "tail_slots": 24, "device": device}
+    stores, at_once = empty_stores("tq4", "tq8", 64, **sizes), empty_stores("tq4", "tq8", 64, **sizes)
+    k, v = torch.randn(2, 2, 2, 20, 64, device=device)
+    tqattn.encode_kv_(k, v, *stores, 0, 0, 0, 16)
+    tqattn.encode_kv_(k[:, :, :0], v[:, :, :0], *stores, 20, 0, 16, 16)
+    tqattn.encode_kv_(k, v, *at_once, 0, 0, 16, 16)
+    for a, b in zip(stores, at_once, strict=True):
+        if isinstance(a, Tensor) and a.shape[2] != 24:
+            assert torch.equal(a, b)
+
+
 # Registration: fake kernels, compilation, gradients, other devices
 
 
