@@ -1,6 +1,7 @@
 // The storage formats by name, from the generated table, and their sizes.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -28,6 +29,11 @@ const StorageFormat& find_format(std::string_view name);
 
 bool is_supported_head_dim(int64_t head_dim);
 std::string supported_head_dims();
+
+// Dense rows are half precision: finite numbers stay finite, infinities and NaN stay what they are.
+inline float saturate_to_half(float x) {
+  return std::isinf(x) ? x : x > TQ_HALF_MAX ? TQ_HALF_MAX : x < -TQ_HALF_MAX ? -TQ_HALF_MAX : x;
+}
 
 inline int64_t norm_groups(int64_t head_dim) { return (head_dim + TQ_NORM_GROUP - 1) / TQ_NORM_GROUP; }
 

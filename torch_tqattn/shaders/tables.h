@@ -13,6 +13,7 @@
 #define TQ_NORM_GROUP 256
 #define TQ_MAX_HEAD_DIM 512
 #define TQ_ROW_ALIGNMENT 4
+#define TQ_HALF_MAX 65504.0f
 
 #define TQ_HEAD_DIMS(X) X(64) X(80) X(96) X(128) X(192) X(256) X(512)
 

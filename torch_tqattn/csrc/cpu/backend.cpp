@@ -62,8 +62,6 @@ int64_t first_position(const OptionalTensor& starts, int64_t batch) {
   return starts.has_value() ? std::max(starts->const_data_ptr<int32_t>()[batch], 0) : 0;
 }
 
-float finite_half(float x) { return std::isinf(x) ? x : std::clamp(x, -65504.0f, 65504.0f); }
-
 // Codes one block of `size` rotated rows, of which those from `first_valid` on are tokens, the others padding.
 void encode_block(const Kernels& run, float* rows, int64_t size, int64_t head_dim, int64_t first_valid,
                   const HeadStore& store, int64_t slot, bool preserve_norm) {
@@ -79,7 +77,7 @@ void encode_block(const Kernels& run, float* rows, int64_t size, int64_t head_di
     }
     at::Half* stored = store.means + slot / size * head_dim;
     for (int64_t i = 0; i < head_dim; ++i) {
-      stored[i] = at::Half(finite_half(mean[i] / static_cast<float>(std::max<int64_t>(counted, 1))));
+      stored[i] = at::Half(saturate_to_half(mean[i] / static_cast<float>(std::max<int64_t>(counted, 1))));
       mean[i] = static_cast<float>(stored[i]);
     }
     for (int64_t r = first_valid; r < size; ++r) {
@@ -108,7 +106,7 @@ void encode_head(const Kernels& run, const EncodeCall& call, const Side& side, c
     }
     run.rotate(x + (position - call.position) * head_dim, row, 1, head_dim, false, 1.0f);
     if (tail_slots == 0) return;
-    for (int64_t i = 0; i < head_dim; ++i) row[i] = static_cast<float>(at::Half(finite_half(row[i])));
+    for (int64_t i = 0; i < head_dim; ++i) row[i] = static_cast<float>(at::Half(saturate_to_half(row[i])));
   };
   // Blocks that this very call would overwrite are not coded at all.
   for (int64_t begin = std::max(call.coded, call.coded_end - slots); begin < call.coded_end; begin += size) {
@@ -212,11 +210,9 @@ class CpuBackend final : public Backend {
     const Tensor mask = call.mask.has_value() ? call.mask->contiguous() : Tensor();
     const int64_t row_tiles = (rows + kMaxTaskRows - 1) / kMaxTaskRows;
     const int64_t tasks = batch * kv_heads * row_tiles;
-    const int64_t positions =
-        params.length - std::max<int64_t>(params.start, params.window > 0 ? static_cast<int64_t>(params.length) -
-                                                                                params.q_len - params.window + 1
-                                                                          : 0);
     if (params.splits == 0) {
+      int64_t positions = params.length - params.start;
+      if (params.window > 0) positions = std::min<int64_t>(positions, params.window + params.q_len - 1);
       params.splits = static_cast<uint32_t>(cpu_splits(tasks, positions / 64, at::get_num_threads()));
     }
     const int64_t splits = params.splits;

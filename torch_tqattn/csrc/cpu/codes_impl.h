@@ -130,11 +130,6 @@ void pack(const uint8_t* codes, int64_t head_dim, const StorageFormat& format, u
 
 // Coding
 
-float to_finite_half_range(float x) {
-  constexpr float kHalfMax = 65504.0f;
-  return std::isinf(x) ? x : x > kHalfMax ? kHalfMax : x < -kHalfMax ? -kHalfMax : x;
-}
-
 // sqrt(mean(x^2)), scaled by the largest number so that neither huge nor tiny ones leave float32. NaN for non-finite.
 float root_mean_square(const float* x, int64_t count) {
   float peak = 0, sum = 0;
@@ -152,7 +147,7 @@ float root_mean_square(const float* x, int64_t count) {
 void encode_row(const float* row, int64_t head_dim, const HeadStore& store, int64_t slot, bool preserve_norm) {
   if (store.codebook == nullptr) {
     c10::Half* dense = reinterpret_cast<c10::Half*>(store.codes) + slot * head_dim;
-    for (int64_t i = 0; i < head_dim; ++i) dense[i] = c10::Half(to_finite_half_range(row[i]));
+    for (int64_t i = 0; i < head_dim; ++i) dense[i] = c10::Half(saturate_to_half(row[i]));
     return;
   }
   const Codebook& codebook = *store.codebook;
