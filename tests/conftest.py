@@ -6,7 +6,6 @@ from collections.abc import Iterator
 # Before torch is loaded: on a busy machine, threads that spin while they wait make many small calls very slow.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# ruff: noqa: E402
 import hypothesis
 import pytest
 import torch
