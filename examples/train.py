@@ -127,6 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="directory to write the model to")
     parser.add_argument("--stages", nargs="+", default=["1024:2000", "4096:8000"], help="LENGTH:STEPS of each stage")
     parser.add_argument("--batch-bytes", type=int, default=131072, help="bytes per step")
+    parser.add_argument("--recall-documents", type=int, default=200, help="to measure recall on, at the end")
     parser.add_argument("--recall-share", type=float, default=0.125, help="share of recall documents")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--rope-theta", type=float, default=ByteModelConfig.rope_theta)
@@ -187,14 +188,14 @@ def train(model: ByteModel, text: bytes, args: argparse.Namespace) -> None:
                     bar.set_postfix(length=length, bits=f"{loss.item() / math.log(2):.3f}")
 
 
-def report(model: ByteModel, heldout: bytes, seed: int) -> None:
+def report(model: ByteModel, heldout: bytes, seed: int, documents: int) -> None:
     """Prints the loss on held-out text and the recall by distance, with that text as filler."""
     length = model.config.max_position_embeddings
     print(f"{bits_per_byte(model, heldout, length):.4f} bits per byte on held-out text")
     rng = random.Random(seed)
     lower = 0
     for edge, (right, asked) in recall_accuracy(
-        model, [recall_document(rng, length, heldout) for _ in range(200)]
+        model, [recall_document(rng, length, heldout) for _ in range(documents)]
     ).items():
         print(f"recall at distances {lower + 1} to {edge}: {right}/{asked}")
         lower = edge
@@ -216,7 +217,7 @@ def main() -> None:
     train(model, text, args)
     print(f"trained for {time.monotonic() - started:.0f} s")
     save(model, args.output)
-    report(ByteModel.from_pretrained(args.output, args.device), heldout, args.seed)
+    report(ByteModel.from_pretrained(args.output, args.device), heldout, args.seed, args.recall_documents)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from byte_model import ByteModel
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,3 +45,18 @@ def test_decode_loop_refuses_what_it_does_not_know() -> None:
     done = run("examples/decode_loop.py", "--context", "999999")
     assert done.returncode != 0
     assert "a context of 999999 needs as many" in done.stderr
+
+
+@pytest.mark.slow
+def test_training_writes_a_model_that_loads(tmp_path: Path) -> None:
+    text, heldout = tmp_path / "text.txt", tmp_path / "heldout.txt"
+    text.write_text("".join(f"line {i} says that the quick brown fox jumps over dog {i * i}\n" for i in range(400)))
+    heldout.write_text("".join(f"another line, the {i}-th, to be measured on\n" for i in range(40)))
+    sizes = ["--stages", "64:2", "128:2", "--batch-bytes", "512", "--recall-documents", "2", "--device", "cpu"]
+    files = [str(text), "--heldout", str(heldout), "--output", str(tmp_path / "model")]
+    done = run("examples/train.py", *files, *sizes)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = ByteModel.from_pretrained(tmp_path / "model")
+    tokens = torch.tensor([list(heldout.read_bytes()[:100])])
+    assert model(tokens).shape == (1, 100, 256)
+    assert model(tokens).isfinite().all()

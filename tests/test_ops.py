@@ -395,6 +395,12 @@ def test_gradients_are_refused() -> None:
         assert not tqattn.rotate(x.detach()).requires_grad
 
 
+@pytest.mark.parametrize("name", ops.OPERATORS)
+def test_every_operator_has_the_guard_against_gradients(name: str) -> None:
+    table = torch._C._dispatch_dump_table(f"tqattn::{name}").splitlines()
+    assert "autograd.cpp" in next(row for row in table if row.startswith("AutogradCPU:"))
+
+
 def test_a_device_without_kernels_runs_the_checked_reference() -> None:
     for name in ops.OPERATORS:
         table = torch._C._dispatch_dump_table(f"tqattn::{name}")
