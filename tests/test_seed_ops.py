@@ -639,3 +639,28 @@ def test_any_call(device: str, call: dict[str, Any]) -> None:
     if op == "flash_attn_vec_tq_hb_with_fused_undo":
         exact = exact @ matrix.T
     assert relative_error(out, exact) <= float32_bound(kv_seq_len)
+
+
+def opcheck_cases() -> list[tuple[str, tuple[Any, ...]]]:
+    q, x = torch.randn(4, 256), torch.randn(2, 3, 256)
+    nibbles, codes = (torch.zeros(2, 20, width, dtype=torch.uint8) for width in (128, 256))
+    norms, half, tmp = torch.rand(2, 20), torch.randn(2, 20, 256).half(), torch.zeros(4 * 16 * 258)
+    masked = (10, 0.1, 2, 5, 0.0, 3, 1.0, 16, tmp)
+    return [
+        ("fwht_sign_premult", (q,)),
+        ("fwht_sign_undo", (q,)),
+        ("hadamard_quantize_kv", (x, nibbles, norms, 3)),
+        ("hadamard_quantize_kv_hb", (x, codes, norms, 3, 6)),
+        ("flash_attn_vec_tq", (q, nibbles, norms, nibbles, norms, *masked)),
+        ("flash_attn_vec_tq_hb", (q, codes, norms, codes, norms, 10, 0.1, 8)),
+        ("flash_attn_vec_tq_hb_with_fused_undo", (q, codes, norms, codes, norms, 10, 0.1, 5)),
+        ("flash_attn_vec_hybrid", (q, half, codes, norms, 10, 0.1, 6)),
+        ("flash_attn_vec_hybrid", (q, half, half, None, 10, 0.1, 8)),
+        ("flash_attn_vec_reduce", (tmp, 4, 256, 16)),
+        ("flash_attn_vec_reduce_tq_hb_undo", (tmp, 4, 256, 16)),
+    ]
+
+
+@pytest.mark.parametrize(("name", "arguments"), opcheck_cases(), ids=lambda case: case if isinstance(case, str) else "")
+def test_opcheck(name: str, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(getattr(torch.ops.tqattn, name).default, arguments)
