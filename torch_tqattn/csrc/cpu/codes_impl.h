@@ -64,11 +64,18 @@ TQ_INLINE void add_two_bit_plane(const uint8_t* plane, int shift, uint8_t* codes
 
 // Bits to a byte each, shifted: 2 bytes add to 16 codes.
 TQ_INLINE void add_one_bit_plane(const uint8_t* plane, int shift, uint8_t* codes) {
-#if defined(TQ_ISA_AVX512)
+#if defined(TQ_ISA_AVX512) || defined(TQ_ISA_AVX2)
   uint16_t bits;
   std::memcpy(&bits, plane, 2);
   __m128i* to = reinterpret_cast<__m128i*>(codes);
-  const __m128i ones = _mm_maskz_set1_epi8(bits, static_cast<char>(1 << shift));
+  const __m128i one = _mm_set1_epi8(static_cast<char>(1 << shift));
+#if defined(TQ_ISA_AVX512)
+  const __m128i ones = _mm_maskz_mov_epi8(bits, one);
+#else
+  const __m128i spread = _mm_shuffle_epi8(_mm_set1_epi16(bits), _mm_set_epi64x(0x0101010101010101, 0));
+  const __m128i bit = _mm_set1_epi64x(static_cast<int64_t>(0x8040201008040201));  // bit i of the byte, at code i
+  const __m128i ones = _mm_and_si128(_mm_cmpeq_epi8(_mm_and_si128(spread, bit), bit), one);
+#endif
   _mm_storeu_si128(to, _mm_or_si128(_mm_loadu_si128(to), ones));
 #else
   for (int i = 0; i < 2; ++i) {

@@ -142,19 +142,14 @@ TQ_INLINE FloatVec look_up(const LevelTable& table, const uint8_t* codes, int bi
 #elif defined(TQ_ISA_AVX2)
   const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
   const float* levels = table.levels;
-  if (bits <= 5) {
-    const __m256 a = _mm256_permutevar8x32_ps(_mm256_load_ps(levels), index);
-    if (bits <= 3) return (FloatVec)a;
-    const __m256 b = _mm256_permutevar8x32_ps(_mm256_load_ps(levels + 8), index);
-    // blendv chooses by the sign bit: bit 3 of the code, or bit 4, is shifted there.
-    const __m256 by_bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-    const __m256 low = _mm256_blendv_ps(a, b, by_bit3);
-    if (bits == 4) return (FloatVec)low;
-    const __m256 c = _mm256_permutevar8x32_ps(_mm256_load_ps(levels + 16), index);
-    const __m256 d = _mm256_permutevar8x32_ps(_mm256_load_ps(levels + 24), index);
-    const __m256 high = _mm256_blendv_ps(c, d, by_bit3);
-    return (FloatVec)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 27)));
+  if (bits <= 4) {
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(levels), index);
+    if (bits <= 3) return (FloatVec)low;
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(levels + 8), index);
+    // blendv chooses by the sign bit: bit 3 of the code is shifted there.
+    return (FloatVec)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
   }
+  return (FloatVec)_mm256_i32gather_ps(table.codebook->levels, index, 4);
 #endif
   FloatVec v;
   const float* all = table.codebook->levels;
