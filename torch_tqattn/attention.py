@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal, overload
 
 import torch
@@ -234,17 +235,4 @@ class TQAttention(nn.Module):
         return rows[..., : mask.shape[-1] - (tokens - part.stop)]
 
     def _allocate(self, batch_size: int, device: torch.device) -> KVCache:
-        c = self._config
-        return KVCache(
-            batch_size,
-            c.num_kv_heads,
-            c.head_dim,
-            c.capacity,
-            c.k_format,
-            c.v_format,
-            device,
-            c.window,
-            c.block_size,
-            c.residual_length,
-            c.encode,
-        )
+        return KVCache(**{**asdict(self._config), "batch_size": batch_size}, device=device)

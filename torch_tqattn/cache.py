@@ -254,8 +254,7 @@ class KVCache:
         starts = self._padding_starts(left_padding)
         tokens = k.shape[2]
         coded_end = self._coded_end(tokens)
-        stored = max(self._stored, coded_end - self.config.slots)
-        begin = self._begin(tokens, self._length + tokens, stored)
+        begin = self._begin(tokens, self._length + tokens, self._stored_once(coded_end))
         result = torch.ops.tqattn.decode_step_(
             q,
             k,
@@ -424,10 +423,14 @@ class KVCache:
         full = (end - 1 - self.config.residual_length) // self.config.block * self.config.block
         return max(self._coded, full)
 
+    def _stored_once(self, coded_end: int) -> int:
+        """The first position whose codes are left once those up to `coded_end` have been written into the ring."""
+        return max(self._stored, coded_end - self.config.slots)
+
     def _advance(self, tokens: int, coded_end: int, starts: Tensor | None) -> None:
         self._length += tokens
         self._coded = coded_end
-        self._stored = max(self._stored, coded_end - self.config.slots)
+        self._stored = self._stored_once(coded_end)
         self._starts = starts
 
     def _padding_starts(self, left_padding: Tensor | Sequence[int] | None) -> Tensor | None:

@@ -120,7 +120,7 @@ TQ_INLINE void sum_lanes_of_16(const FloatVec* v, float* sums) {
 #endif
 }
 
-// Levels of codes, times a factor, plus an offset per coordinate (null: none).
+// A codebook, laid out for look_up.
 struct LevelTable {
   alignas(64) float levels[64];  // codebooks of up to 6 bits, repeated to fill the table
   const Codebook* codebook;
