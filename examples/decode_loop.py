@@ -79,7 +79,7 @@ class CompressedCache:
         k_format, _, v_format = pair.partition("/")
         if variant not in ("", "plain"):
             raise ValueError(f"unknown variant {variant!r} in {formats!r}; write K/V or K/V:plain")
-        options: dict[str, Any] = {"block_size": 0, "encode": "plain"} if variant else {}
+        options: dict[str, Any] = {"block_size": 0, "sink_length": 0, "encode": "plain"} if variant else {}
         self.layers = [
             tq.TQAttention(
                 config.num_attention_heads,

@@ -9,7 +9,7 @@ Stores = tuple[Tensor | None, ...]
 
 
 def empty_side(
-    format_name: str, batch: int, heads: int, slots: int, head_dim: int, block_size: int, tail_slots: int, device: str
+    format_name: str, batch: int, heads: int, slots: int, head_dim: int, block_size: int, tail_rows: int, device: str
 ) -> list[Tensor | None]:
     """Codes, norms, means and tail of one side, zeros."""
     storage = fmt.FORMATS[format_name]
@@ -20,7 +20,8 @@ def empty_side(
     means = tail = None
     if block_size:
         means = torch.zeros(*lead, slots // block_size, head_dim, dtype=torch.half, device=device)
-        tail = torch.zeros(*lead, tail_slots, head_dim, dtype=torch.half, device=device)
+    if tail_rows:
+        tail = torch.zeros(*lead, tail_rows, head_dim, dtype=torch.half, device=device)
     return [codes, norms, means if storage.is_coded else None, tail]
 
 
@@ -34,10 +35,11 @@ def empty_stores(
     slots: int = 64,
     block_size: int = 0,
     tail_slots: int = 0,
+    sink_length: int = 0,
     device: str = "cpu",
 ) -> list[Tensor | str | None]:
     """Everything between the inputs and the positions of encode_kv_, attend and decode_kv."""
-    sizes = (batch, heads, slots, head_dim, block_size, tail_slots, device)
+    sizes = (batch, heads, slots, head_dim, block_size, sink_length + tail_slots, device)
     return [*empty_side(k_format, *sizes), *empty_side(v_format, *sizes), k_format, v_format]
 
 

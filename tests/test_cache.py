@@ -56,6 +56,11 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
     )
 
 
+def with_balance(cache: tq.KVCache, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a cache without a balance as that of this one."""
+    return {**state, "tensors": {**state["tensors"], "k_balance": cache.k_balance}}
+
+
 def is_half_rounded(got: Tensor, expected: Tensor) -> bool:
     """Whether each row is what comes back from rounding its rotated coordinates to half precision."""
     error = (got.cpu().double() - expected.cpu().double()).norm(dim=-1)
@@ -94,6 +99,9 @@ def groups(x: Tensor) -> Tensor:
         {"block_size": 128, "window": 40},
         {"block_size": 0, "window": 40},
         {"block_size": 16, "window": 100, "residual_length": 8},
+        {"block_size": 16, "sink_length": 40},
+        {"block_size": 0, "sink_length": 0},
+        {"block_size": 128, "sink_length": 300, "encode": "best"},
     ],
     ids=str,
 )
@@ -134,7 +142,7 @@ def test_f16_rounds_rotated_coordinates_to_half(device: str, head_dim: int, v_fo
 @pytest.mark.parametrize(("name", "limit"), [("tq4", 70), ("tq6", 102)])
 def test_bytes_a_token(device: str, name: str, limit: int) -> None:
     cache = tq.KVCache(1, 1, 128, 32768, name, name, device)
-    tail = 2 * 128 * 128 * 2  # both sides', half precision
+    tail = 2 * (fmt.DEFAULT_SINK_LENGTH + 128) * 128 * 2  # both sides', half precision
     assert (cache.nbytes - tail) / 2 / 32768 <= limit
 
 
@@ -145,8 +153,8 @@ def test_nbytes_counts_all_tensors_and_agrees_with_bytes_per_token(device: str, 
         for v_format in FORMATS:
             cache = tq.KVCache(2, 3, head_dim, 256, k_format, v_format, device, block_size=block_size)
             assert cache.nbytes == sum(t.numel() * t.element_size() for t in tensors_in(cache))
-            waits = block_size and {k_format, v_format} != {"f16"}
-            tail = 2 * 3 * block_size * head_dim * 2 * 2 if waits else 0
+            rows = block_size + fmt.DEFAULT_SINK_LENGTH if {k_format, v_format} != {"f16"} else 0
+            tail = 2 * 3 * rows * head_dim * 2 * 2
             expected = 2 * 3 * 256 * tq.bytes_per_token(k_format, v_format, head_dim, block_size)
             assert cache.nbytes - tail == expected
 
@@ -173,12 +181,14 @@ def test_constant_offset_in_keys_costs_nothing_with_blocks(device: str, name: st
 
 @pytest.mark.parametrize("head_dim", tq.HEAD_DIMS)
 @pytest.mark.parametrize("name", ["tq2", "tq4", "tq8"])
-def test_fast_encoding_keeps_group_norms_and_plain_does_not(device: str, name: str, head_dim: int) -> None:
+def test_fast_and_best_encoding_keep_group_norms_and_plain_does_not(device: str, name: str, head_dim: int) -> None:
     k, v = random_kv(device, 1, 1, 50, head_dim)
-    fast = filled(k, v, k_format=name, block_size=0).dense()[0]
-    plain = filled(k, v, k_format=name, block_size=0, encode="plain").dense()[0]
+    fast, best, plain = (
+        filled(k, v, k_format=name, block_size=0, sink_length=0, encode=encode).dense()[0] for encode in fmt.ENCODES
+    )
     norms = groups(k).norm(dim=-1)
     assert torch.allclose(groups(fast).norm(dim=-1), norms, rtol=4e-6)
+    assert torch.allclose(groups(best).norm(dim=-1), norms, rtol=4e-6)
     assert not torch.allclose(groups(plain).norm(dim=-1), norms, rtol=4e-6)
     # The same codes: only a factor for each group differs.
     directions = [groups(x) / groups(x).norm(dim=-1, keepdim=True) for x in (fast, plain)]
@@ -195,6 +205,88 @@ def test_the_newest_tokens_stay_dense(device: str, block_size: int, residual_len
             newest = slice(max(0, position + 1 - residual_length), position + 1)
             for decoded, original in zip(cache.dense(), (k, v), strict=True):
                 assert is_half_rounded(decoded[:, :, newest], original[:, :, newest])
+
+
+@pytest.mark.parametrize("sink_length", [0, 1, 4, 40])
+@pytest.mark.parametrize("block_size", [0, 16, 128])
+def test_the_first_tokens_stay_dense(device: str, block_size: int, sink_length: int) -> None:
+    k, v = random_kv(device, 3, 2, 300, 80)
+    options: dict[str, Any] = {"block_size": block_size, "sink_length": sink_length}
+    cache = filled(k, v, left_padding=PADDING, **options)
+    for decoded, original in zip(cache.dense(), (k, v), strict=True):
+        for i, padding in enumerate(PADDING):
+            sinks = slice(padding, padding + sink_length)
+            assert is_half_rounded(decoded[i, :, sinks], original[i, :, sinks])
+            after = slice(padding + sink_length, padding + sink_length + 30)
+            assert not is_half_rounded(decoded[i, :, after], original[i, :, after])
+    q = torch.randn(3, 4, 5, 80, device=device)
+    expected, _ = exact_attention(q, *cache.dense(), mask=padding_mask(device, 300))
+    assert relative_error(tq.attention(q, cache), expected) <= float32_bound(300)
+
+
+def test_a_cache_that_codes_nothing_has_no_tail(device: str) -> None:
+    k, v = random_kv(device, 1, 1, 50, 64)
+    options: dict[str, Any] = {"k_format": "f16", "v_format": "f16"}
+    many, none = filled(k, v, sink_length=20, **options), filled(k, v, sink_length=0, **options)
+    assert many.nbytes == none.nbytes
+    assert many.state_dict()["tensors"].keys() == {"k_codes", "v_codes"}
+    assert all(map(same_bytes, many.dense(), none.dense()))
+
+
+@pytest.mark.parametrize("block_size", [0, 16])
+@pytest.mark.parametrize("chunks", [(1,), (5, 2), (30,), (1,) * 89], ids=len)
+def test_padding_longer_than_the_first_tokens(device: str, chunks: tuple[int, ...], block_size: int) -> None:
+    k, v = random_kv(device, 3, 1, 90, 64)
+    options: dict[str, Any] = {"left_padding": [0, 40, 88], "block_size": block_size, "sink_length": 6}
+    whole, cut = filled(k, v, **options), filled(k, v, chunks, **options)
+    assert same_state(whole.state_dict(), cut.state_dict())
+    for decoded, original in zip(cut.dense(), (k, v), strict=True):
+        assert is_half_rounded(decoded[1, :, 40:46], original[1, :, 40:46])
+        assert is_half_rounded(decoded[2, :, 88:], original[2, :, 88:])
+
+
+@pytest.mark.parametrize("block_size", [0, 16])
+@pytest.mark.parametrize("keep", [1, 4, 9, 15, 16, 25, 47, 60])
+def test_crop_and_new_tokens_where_sinks_are(device: str, keep: int, block_size: int) -> None:
+    """Sinks of three sequences lie at 0, at 3 and at 21: within them, before them and behind them it is cut."""
+    k, v = random_kv(device, 3, 2, 100, 64)
+    options: dict[str, Any] = {"left_padding": PADDING, "block_size": block_size, "sink_length": 10, "capacity": 100}
+    cache = filled(k, v, **options)
+    cache.crop(keep)
+    more_k, more_v = random_kv(device, 3, 2, 100 - keep, 64)
+    cache.append(more_k, more_v)
+    new_k, new_v = (torch.cat([old[:, :, :keep], new], 2) for old, new in ((k, more_k), (v, more_v)))
+    expected = filled(new_k, new_v, **options)
+    for decoded, original, fresh in zip(cache.dense(), (new_k, new_v), expected.dense(), strict=True):
+        for i, padding in enumerate(PADDING):
+            sinks = slice(padding, padding + 10)
+            assert same_bytes(decoded[i, :, sinks], fresh[i, :, sinks])
+            assert is_half_rounded(decoded[i, :, sinks], original[i, :, sinks])
+    # Nothing is left of the forgotten sinks: forgetting them all is as never having had them.
+    cache.crop(1)
+    other = filled(k[:, :, :1], v[:, :, :1], **options)
+    assert all(
+        same_bytes(a, b)
+        for (name, a), b in zip(
+            cache.state_dict()["tensors"].items(), other.state_dict()["tensors"].values(), strict=True
+        )
+        if name.endswith("tail")
+    )
+
+
+@pytest.mark.parametrize("block_size", [0, 16])
+def test_sinks_leave_a_window_like_other_tokens(device: str, block_size: int) -> None:
+    k, v = random_kv(device, 1, 1, 120, 64)
+    cache = tq.KVCache(1, 1, 64, 30, device=device, window=30, block_size=block_size, sink_length=8)
+    for end in range(1, 121):
+        cache.append(k[:, :, end - 1 : end], v[:, :, end - 1 : end])
+        assert len(cache) == min(end, 30)
+        decoded = cache.dense()[0]
+        sinks = max(0, 8 - max(end - 30, 0))
+        assert is_half_rounded(
+            decoded[:, :, :sinks], k[:, :, max(end - 30, 0) :][:, :, : decoded.shape[2]][:, :, :sinks]
+        )
+        assert relative_error(decoded, k[:, :, max(end - 30, 0) : end]) < 0.01
 
 
 @pytest.mark.parametrize("block_size", [0, 16])
@@ -234,8 +326,9 @@ def test_nan_and_infinity_stay_at_their_position(device: str, name: str, block_s
 @pytest.mark.parametrize("name", CODED)
 def test_huge_and_tiny_vectors_keep_their_accuracy(device: str, name: str, head_dim: int, size: float) -> None:
     k, v = random_kv(device, 1, 1, 30, head_dim)
-    reference = filled(k, v, k_format=name, v_format=name, block_size=0).dense()
-    decoded = filled(k * size, v * size, k_format=name, v_format=name, block_size=0).dense()
+    options: dict[str, Any] = {"k_format": name, "v_format": name, "block_size": 0, "sink_length": 0}
+    reference = filled(k, v, **options).dense()
+    decoded = filled(k * size, v * size, **options).dense()
     for got, expected in zip(decoded, reference, strict=True):
         assert relative_error(got.cpu().double() / size, expected) <= math.sqrt(LLOYD_MAX[tq.FORMATS[name].bits]) / 10
 
@@ -700,6 +793,7 @@ OTHER_CONFIGS = {
     "block_size": 16,
     "residual_length": 1,
     "encode": "plain",
+    "sink_length": 0,
 }
 
 
@@ -734,6 +828,100 @@ def test_repr_says_what_it_is(device: str) -> None:
     cache = filled(*random_kv(device, 2, 3, 5, 64), capacity=99, k_format="tq6", v_format="tq5-byte")
     for part in ("tq6/tq5-byte", "5 of 99 tokens", "batch 2", "3 heads of 64", f"{cache.nbytes} bytes", device):
         assert part in repr(cache)
+
+
+# Balanced keys
+
+
+def a_balance(kv_heads: int, head_dim: int, device: str) -> Tensor:
+    return (0.5 + torch.rand(kv_heads, head_dim) * 3).to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"block_size": 0}, {"window": 40}, {"k_format": "f16"}], ids=str)
+def test_balanced_keys_are_stored_times_it_and_queries_divided(
+    device: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    balance = a_balance(2, 64, device)
+    k, v = random_kv(device, 2, 2, 150, 64, dtype=dtype)
+    q = torch.randn(2, 6, 5, 64).to(device, dtype)
+    cache = filled(k, v, k_balance=balance, capacity=200, **options)
+    plain = filled(k.float() * balance[:, None], v, capacity=200, **options)
+    assert same_state(cache.state_dict(), with_balance(cache, plain.state_dict()))
+    assert same_bytes(cache.dense()[0], plain.dense()[0] / balance[:, None])
+    assert same_bytes(cache.dense()[1], plain.dense()[1])
+    divided = q.float() / balance.repeat_interleave(3, 0)[:, None]
+    expected, expected_lse = tq.attention(divided, plain, softcap=5.0, return_lse=True)
+    out, lse = tq.attention(q, cache, softcap=5.0, return_lse=True)
+    assert same_bytes(out, expected.to(dtype))
+    assert same_bytes(lse, expected_lse)
+    more_k, more_v = random_kv(device, 2, 2, 5, 64, dtype=dtype)
+    out, lse = cache.step(q, more_k, more_v, scale=0.3)
+    expected, expected_lse = plain.step(divided, more_k.float() * balance[:, None], more_v, scale=0.3)
+    assert same_bytes(out, expected.to(dtype))
+    assert same_bytes(lse, expected_lse)
+    assert same_state(cache.state_dict(), with_balance(cache, plain.state_dict()))
+
+
+def test_balanced_keys_are_exacter_where_queries_look(device: str) -> None:
+    k, v = random_kv(device, 1, 2, 400, 128)
+    q = torch.randn(1, 4, 50, 128, device=device)
+    looks = torch.ones(128, device=device)
+    looks[:16] = 10.0
+    exact = (q * looks) @ k.repeat_interleave(2, 1).mT
+
+    def error(balance: Tensor | None) -> float:
+        decoded = filled(k, v, k_format="tq4", k_balance=balance).dense()[0]
+        return relative_error((q * looks) @ decoded.repeat_interleave(2, 1).mT, exact)
+
+    assert error(looks.sqrt().expand(2, -1)) < 0.7 * error(None)
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 16, "window": 20}, {"block_size": 0}], ids=str)
+def test_a_balance_is_part_of_the_state(device: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    balance = a_balance(2, 64, device)
+    k, v = random_kv(device, 3, 2, 60, 64)
+    cache = filled(k, v, left_padding=PADDING, k_balance=balance, capacity=90, **options)
+    without = filled(k, v, left_padding=PADDING, capacity=90, **options)
+    assert cache.nbytes == without.nbytes + 2 * 64 * 4 == sum(t.numel() * t.element_size() for t in tensors_in(cache))
+    assert "keys balanced" in repr(cache)
+    assert "balanced" not in repr(without)
+    assert cache.config == without.config
+    hash(cache.config)
+    cache.save(tmp_path / "cache")
+    loaded = tq.KVCache.load(tmp_path / "cache", device)
+    without.load_state_dict(cache.state_dict())
+    balance.zero_()  # each has its own copy
+    for other in (loaded, without, copy.deepcopy(cache)):
+        assert same_state(other.state_dict(), cache.state_dict())
+        assert all(map(same_bytes, other.dense(), cache.dense()))
+        other.append(k[:, :, :9], v[:, :, :9])
+    assert same_bytes(loaded.dense()[0], without.dense()[0])
+    before = cache.dense()[0]
+    cache.select([2, 0])
+    assert same_bytes(cache.dense()[0], before[[2, 0]])
+    cache.crop(17)
+    assert is_half_rounded(*(x * cache.k_balance[:, None] for x in (cache.dense()[0], before[[2, 0], :, :17])))
+    cache.reset()
+    cache.append(k[:2], v[:2])
+    assert relative_error(cache.dense()[0], k[:2, :, -len(cache) :]) < 0.02
+    assert cache.k_balance is not None
+
+
+def test_a_balance_in_a_state_is_checked(device: str) -> None:
+    cache = filled(*random_kv(device, 1, 2, 5, 64), k_balance=a_balance(2, 64, device))
+    state = cache.state_dict()
+    for bad in (torch.zeros(2, 64), torch.ones(1, 64), torch.ones(2, 64).half()):
+        with pytest.raises(ValueError, match="k_balance must be"):
+            cache.load_state_dict({**state, "tensors": {**state["tensors"], "k_balance": bad}})
+    assert same_state(cache.state_dict(), state)
+
+
+def test_without_a_balance_nothing_is_copied(device: str) -> None:
+    k, v = random_kv(device, 1, 1, 5, 64)
+    cache = filled(k, v)
+    assert cache._balanced_keys(k) is k
+    assert cache._balanced_queries(k) is k
 
 
 # What is refused, and what is taken as it comes
@@ -801,11 +989,13 @@ BAD_INPUTS = {
 }
 
 
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_keys_and_values_that_do_not_fit(device: str, case: str) -> None:
+def test_keys_and_values_that_do_not_fit(device: str, case: str, balanced: bool) -> None:
     k, v, message = BAD_INPUTS[case]
     k, v = (x if x.is_meta or x.dtype == torch.float64 else x.to(device) for x in (k, v))
-    cache = filled(*random_kv(device, 2, 2, 5, 64), capacity=20)
+    balance = a_balance(2, 64, device) if balanced else None
+    cache = filled(*random_kv(device, 2, 2, 5, 64), capacity=20, k_balance=balance)
     before = cache.state_dict()
     with pytest.raises(ValueError, match=message):
         cache.append(k, v)
@@ -837,10 +1027,11 @@ BAD_ATTENTION: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("case", BAD_ATTENTION)
-def test_attention_arguments_that_do_not_fit(device: str, case: str) -> None:
+def test_attention_arguments_that_do_not_fit(device: str, case: str, balanced: bool) -> None:
     changes, message = BAD_ATTENTION[case]
-    cache = filled(*random_kv(device, 2, 2, 5, 64))
+    cache = filled(*random_kv(device, 2, 2, 5, 64), k_balance=a_balance(2, 64, device) if balanced else None)
     arguments = {"q": _shape(2, 4, 1, 64), **changes}
     arguments = {n: x.to(device) if isinstance(x, Tensor) and not x.is_meta else x for n, x in arguments.items()}
     with pytest.raises(ValueError, match=message):
@@ -956,7 +1147,15 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"block_size": None}, "block_size must be a non-negative integer, got None"),
     ({"residual_length": -3}, "residual_length must be a non-negative integer, got -3"),
     ({"residual_length": 4, "block_size": 0}, "residual_length 4 needs blocks"),
-    ({"encode": "slow"}, "unknown encode 'slow'; choose fast or plain"),
+    ({"encode": "slow"}, "unknown encode 'slow'; choose one of fast, best, plain"),
+    ({"sink_length": -1}, "sink_length must be a non-negative integer, got -1"),
+    ({"sink_length": 1.0}, "sink_length must be a non-negative integer, got 1.0"),
+    ({"k_balance": torch.ones(1, 80)}, r"k_balance must be float32 .* = \[1, 64\], got torch.float32 \[1, 80\]"),
+    ({"k_balance": torch.ones(1, 64).double()}, "k_balance must be float32 .*, got torch.float64"),
+    ({"k_balance": [[1.0] * 64]}, "k_balance must be float32 .*, got .*1.0"),
+    ({"k_balance": torch.zeros(1, 64)}, "k_balance must be positive and finite, got 0.0 to 0.0"),
+    ({"k_balance": torch.full((1, 64), math.inf)}, "k_balance must be positive and finite, got inf to inf"),
+    ({"k_balance": torch.full((1, 64), math.nan)}, "k_balance must be positive and finite, got nan to nan"),
 ]
 
 
@@ -982,6 +1181,8 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "window": draw(st.sampled_from([None, None, 1, 30, 250])),
         "block_size": block_size,
         "residual_length": draw(st.sampled_from([0, 1, 20, 150])) if block_size else 0,
+        "sink_length": draw(st.sampled_from([0, 1, 4, 20, 150])),
+        "encode": draw(st.sampled_from(fmt.ENCODES)),
     }
 
 
@@ -997,6 +1198,7 @@ class Model:
         shape = (self.config["batch_size"], self.config["num_kv_heads"], 0, self.config["head_dim"])
         self.k, self.v = torch.zeros(shape), torch.zeros(shape)  # what may still be seen, oldest first
         self.exact = 0
+        self.appended = 0  # positions that the cache counts
 
     @property
     def limit(self) -> int:
@@ -1016,12 +1218,14 @@ class Model:
         self.cache.append(k, v)
         self.k, self.v = (torch.cat([old, new.cpu()], dim=2) for old, new in ((self.k, k), (self.v, v)))
         self.exact += tokens
+        self.appended += tokens
 
     def crop(self, length: int) -> None:
         before = self.cache.dense()
         held = len(self.cache)
         self.cache.crop(length)
         kept = length if length >= 0 else held + length
+        self.appended = self.appended - held + kept if length else 0
         if length >= 0:
             assert len(self.cache) == length
             self.k, self.v = (x[:, :, x.shape[2] - held :][:, :, :kept] for x in (self.k, self.v))
@@ -1055,6 +1259,9 @@ class Model:
             assert held == min(self.limit, self.k.shape[2])
         for decoded, original, name in ((k, self.k, "k_format"), (v, self.v, "v_format")):
             coded = self.config[name] != "f16"
+            if original.shape[2] == held == self.appended:  # the first tokens are still seen
+                sinks = slice(0, self.config["sink_length"])
+                assert is_half_rounded(decoded[:, :, sinks], original[:, :, sinks])
             dense = min(self.exact, held, self.config["residual_length"] if coded else held)
             assert is_half_rounded(decoded[:, :, held - dense :], original[:, :, original.shape[2] - dense :])
             bits = tq.FORMATS[self.config[name]].bits
@@ -1089,7 +1296,8 @@ def test_any_sequence_of_calls(device: str, tmp_path: Path, config: dict[str, An
         model.check(data.draw(st.integers(1, 5)))
 
 
-def test_a_compiled_loop_is_one_graph_that_lengths_do_not_recompile() -> None:
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_compiled_loop_is_one_graph_that_lengths_do_not_recompile(balanced: bool) -> None:
     def loop(cache: tq.KVCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.append(k, v)
         return tq.attention(q, cache) * 2
@@ -1097,7 +1305,8 @@ def test_a_compiled_loop_is_one_graph_that_lengths_do_not_recompile() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(loop, fullgraph=True, backend=counter)
-    caches = [tq.KVCache(1, 2, 64, 64, "tq8", "tq4", block_size=16) for _ in range(2)]
+    balance = a_balance(2, 64, "cpu") if balanced else None
+    caches = [tq.KVCache(1, 2, 64, 64, "tq8", "tq4", block_size=16, k_balance=balance) for _ in range(2)]
     for _ in range(40):
         q, k, v = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64)
         assert torch.equal(compiled(caches[0], q, k, v), loop(caches[1], q, k, v))

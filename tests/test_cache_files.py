@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import torch_tqattn as tq
+from torch_tqattn import cache_file
 
 
 def random_cache(device: str, tokens: int, left_padding: list[int] | None = None, **options: Any) -> tq.KVCache:
@@ -72,6 +73,9 @@ def test_roundtrip_of_formats(device: str, tmp_path: Path, head_dim: int, k_form
     [
         {},
         {"block_size": 0, "encode": "plain"},
+        {"block_size": 0, "sink_length": 0},
+        {"block_size": 16, "sink_length": 40, "left_padding": [0, 60], "encode": "best"},
+        {"block_size": 0, "sink_length": 40, "left_padding": [120, 0], "k_balance": torch.full((2, 64), 1.5)},
         {"window": 20, "capacity": 20},
         {"window": 20, "capacity": 20, "block_size": 0},
         {"window": 50, "block_size": 16, "residual_length": 30, "left_padding": [7, 0]},
@@ -200,6 +204,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"config": {"k_format": "tq6"}}, "expected"),
     ({"config": {"block_size": 0}}, "counters contradict"),
     ({"config": {"colour": "red"}}, "colour"),
+    ({"config": {"sink_length": 5}}, "k_tail is .*, expected"),
+    ({"config": {"sink_length": -1}}, "sink_length must be"),
     ({"crc32": {"k_codes": 1}}, "checksum of k_codes is wrong"),
 ]
 
@@ -210,6 +216,14 @@ def test_header_that_contradicts_the_rest(device: str, tmp_path: Path, change: d
     random_cache(device, 140).save(path)
     rewrite(path, change)
     assert_refused(path, message)
+
+
+def test_configuration_without_one_of_its_fields(device: str, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    state = random_cache(device, 140).state_dict()
+    del state["config"]["sink_length"]
+    cache_file.write_state(path, state)
+    assert_refused(path, "sink_length")
 
 
 def test_header_without_its_checksum(device: str, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_bytes_per_token_is_what_a_cache_takes() -> None:
 
     for k, v in (("tq3", "tq5"), ("f16", "tq4"), ("tq8", "tq2"), ("f16", "f16")):
         cache = KVCache(1, 3, 80, 512, k, v)
-        waiting = 2 * 2 * 3 * 80 * 128 if (k, v) != ("f16", "f16") else 0
+        waiting = 2 * 2 * 3 * 80 * (fmt.DEFAULT_SINK_LENGTH + 128) if (k, v) != ("f16", "f16") else 0
         assert cache.nbytes == 3 * 512 * fmt.bytes_per_token(k, v, 80) + waiting
 
 

@@ -35,6 +35,9 @@ SIGN_WORDS = [int(word, 16) for word in re.findall(r"0x[0-9A-F]{8}\b", section("
 PLANES = {name: [int(w) for w in planes.split(",")] for name, _, planes, _ in table(section("Storage formats"))}
 BITS = {name: int(bits) for name, bits, _, _ in table(section("Storage formats"))}
 CODED = [name for name in BITS if name != "f16"]
+MULTIPLIERS = [
+    float(m) for m in re.findall(r"[\d.]*\d", section("Coding a row").split("multipliers m, with")[1].split(":", 1)[1])
+][:9]
 HEAD_DIMS = (64, 80, 96, 128, 192, 256, 512)
 
 
@@ -176,9 +179,16 @@ def encode_rows(rows: np.ndarray, name: str, encode: str) -> tuple[np.ndarray, n
     with np.errstate(invalid="ignore"):
         g = np.sqrt(np.mean(z**2, axis=-1))  # float64: rows of float32 neither overflow nor vanish
         unit = z / np.where(g > 0, g, 1)[..., None]
-        codes = np.searchsorted(thresholds, unit, side="left")
+        codes, distance, closest = np.zeros(z.shape, int), np.zeros(z.shape), np.full((*g.shape, 1), -np.inf)
         edges = np.concatenate([[-np.inf], thresholds, [np.inf]])
-        distance = np.minimum(unit - edges[codes], edges[np.minimum(codes + 1, len(edges) - 1)] - unit)
+        for multiplier in MULTIPLIERS if encode == "best" else [1.0]:
+            scaled = unit / multiplier
+            tried = np.searchsorted(thresholds, scaled, side="left")
+            apart = np.minimum(scaled - edges[tried], edges[np.minimum(tried + 1, len(edges) - 1)] - scaled)
+            chosen = level[tried % len(level)].astype(np.float64)
+            along = np.sum(chosen * unit, axis=-1, keepdims=True) / np.linalg.norm(chosen, axis=-1, keepdims=True)
+            codes, distance = np.where(along > closest, tried, codes), np.where(along > closest, apart, distance)
+            closest = np.maximum(along, closest)
         norms = g / np.sqrt(np.mean(level[codes % len(level)].astype(np.float64) ** 2, axis=-1))
         norms = g if encode == "plain" else np.where(g > 0, norms, 0)
     norms = np.where(np.isfinite(g), norms, np.nan).astype(np.float32)
@@ -205,24 +215,38 @@ class Layout:
             self.slots = math.ceil((window + 127) / unit) * unit
         else:
             self.slots = config["capacity"] // unit * unit
-        self.tail_slots = self.block + config["residual_length"] if self.block else 0
+        self.sinks = 0 if set(self.names.values()) == {"f16"} else config["sink_length"]
         residual = config["residual_length"]
         self.coded = max((length - 1 - residual) // self.block * self.block, 0) if self.block else length
 
 
-def encode_file(path: Path, config: dict, k: np.ndarray, v: np.ndarray, starts: np.ndarray | None = None) -> None:
+def encode_file(
+    path: Path,
+    config: dict,
+    k: np.ndarray,
+    v: np.ndarray,
+    starts: np.ndarray | None = None,
+    balance: np.ndarray | None = None,
+) -> None:
     """What KVCache.save would write after the tokens k, v [B, H, T, D] were appended to a cache without a window."""
     batch, _, length, _ = k.shape
     layout = Layout(config, length)
-    padding = np.zeros((batch, length), bool) if starts is None else np.arange(length)[None] < starts[:, None]
-    hidden = padding[:, None, :, None]
+    ends = np.zeros(batch, int) if starts is None else starts  # of the padding
+    hidden = (np.arange(length)[None] < ends[:, None] + layout.sinks)[:, None, :, None]
     tensors = {} if starts is None else {"starts": starts.astype(np.int32)}
+    if balance is not None:
+        tensors["k_balance"] = balance
+        k = k * balance[:, None]
     for side, x in (("k", k), ("v", v)):
         name, rows = layout.names[side], rotate(x)
+        sinks = np.zeros((*rows.shape[:2], min(layout.sinks, length), rows.shape[3]), np.float16)
+        for i, end in enumerate(ends):
+            held = half(rows[i, :, end : end + layout.sinks])
+            sinks[i, :, : held.shape[1]] = held
         rows = half(rows).astype(np.float32) if layout.block else rows
-        if layout.block:
-            tail = half(np.where(hidden, 0, rows)[:, :, layout.coded :])
-            tensors[f"{side}_tail"] = tail
+        waiting = half(np.where(hidden, 0, rows)[:, :, layout.coded :])
+        if layout.block or layout.sinks:
+            tensors[f"{side}_tail"] = np.concatenate([sinks, waiting], axis=2)
         rows = rows[:, :, : layout.coded]
         if name == "f16":
             tensors[f"{side}_codes"] = half(np.where(hidden[:, :, : layout.coded], 0, rows))
@@ -276,11 +300,17 @@ def decode_file(path: Path) -> list[np.ndarray]:
             if layout.block:
                 rows = rows + tensors[f"{side}_means"][:, :, slots // layout.block].astype(np.float32)
         if layout.block:
-            tail = tensors[f"{side}_tail"][:, :, waiting - counters["coded"]]
-            rows = np.concatenate([rows, tail.astype(np.float32)], axis=2)
+            ring = tensors[f"{side}_tail"][:, :, min(layout.sinks, counters["length"]) :]
+            rows = np.concatenate([rows, ring[:, :, waiting - counters["coded"]].astype(np.float32)], axis=2)
+        ends = tensors.get("starts", np.zeros(len(rows), int))
+        for i, end in enumerate(ends):
+            is_sink = (positions >= end) & (positions < end + layout.sinks)
+            if is_sink.any():
+                rows[i][:, is_sink] = tensors[f"{side}_tail"][i][:, positions[is_sink] - end]
         dense = unrotate(rows)
-        if "starts" in tensors:
-            dense = np.where((positions[None] < tensors["starts"][:, None])[:, None, :, None], 0, dense)
+        if side == "k" and "k_balance" in tensors:
+            dense = dense / tensors["k_balance"][:, None]
+        dense = np.where((positions[None] < ends[:, None])[:, None, :, None], 0, dense)
         sides.append(dense)
     return sides
 
@@ -299,7 +329,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 def make_config(k_format: str, v_format: str, head_dim: int, **changes: object) -> dict:
     config = {"batch_size": 2, "num_kv_heads": 2, "head_dim": head_dim, "capacity": 512}
     config |= {"k_format": k_format, "v_format": v_format, "window": None, "block_size": 128}
-    return config | {"residual_length": 0, "encode": "fast"} | changes
+    return config | {"residual_length": 0, "encode": "fast", "sink_length": 4} | changes
 
 
 def assert_close(got: np.ndarray, expected: np.ndarray, bound: float) -> None:
@@ -326,6 +356,7 @@ def test_quoted_formats_and_sizes() -> None:
         name: (BITS[name], PLANES[name]) for name in BITS
     }
     assert torch_tqattn.FORMAT_VERSION == 1
+    assert tuple(MULTIPLIERS) == torch_tqattn.format.SCALE_MULTIPLIERS
     assert torch_tqattn.HEAD_DIMS == HEAD_DIMS
     rows = table(section("Shapes").split("Bytes of one side")[1])
     assert [row[0] for row in rows] == list(BITS)
@@ -429,14 +460,14 @@ def test_both_directions(name: str, block_size: int, head_dim: int, tmp_path: Pa
             np.testing.assert_allclose(ours[key], theirs[key], rtol=relative, atol=3e-6 * scale + least)
 
 
-@pytest.mark.parametrize("encode", ["fast", "plain"])
+@pytest.mark.parametrize("encode", ["fast", "best", "plain"])
 @pytest.mark.parametrize("name", CODED)
 def test_codes_are_exact_where_the_rotation_is(name: str, encode: str) -> None:
     """Small integers rotate without rounding at D = 64 and 256, so not one code may differ."""
     for head_dim in (64, 256):
         x = np.random.default_rng(1).integers(-9, 10, (1, 1, 50, head_dim)).astype(np.float32)
         codes, norms, distance = encode_rows(rotate(x), name, encode)
-        cache = torch_tqattn.KVCache(1, 1, head_dim, 50, name, name, block_size=0, encode=encode)
+        cache = torch_tqattn.KVCache(1, 1, head_dim, 50, name, name, block_size=0, encode=encode, sink_length=0)
         cache.append(tensor(x), tensor(x))
         tensors = cache.state_dict()["tensors"]
         got = unpack(tensors["k_codes"].numpy(), name, head_dim)
@@ -444,6 +475,29 @@ def test_codes_are_exact_where_the_rotation_is(name: str, encode: str) -> None:
         assert sure.mean() > 0.99
         np.testing.assert_array_equal(got[sure], codes[sure])
         np.testing.assert_allclose(tensors["k_norms"].numpy(), flat(norms), rtol=3e-6)
+
+
+@pytest.mark.parametrize("block_size", [0, 64])
+@pytest.mark.parametrize("formats", [("tq8", "tq4"), ("f16", "tq5")], ids=str)
+@pytest.mark.parametrize("sink_length", [0, 10, 90])
+def test_sinks_padding_and_balance(sink_length: int, formats: tuple[str, str], block_size: int, tmp_path: Path) -> None:
+    config = make_config(*formats, 80, block_size=block_size, sink_length=sink_length, encode="best")
+    k, v, starts = normal(2, 2, 140, 80), normal(2, 2, 140, 80, seed=1), np.array([0, 133])
+    balance = 0.5 + np.random.default_rng(2).random((2, 80), np.float32)
+    cache = torch_tqattn.KVCache(**config, k_balance=tensor(balance))
+    cache.append(tensor(k), tensor(v), left_padding=starts)
+    cache.save(tmp_path / "theirs")
+    encode_file(tmp_path / "ours", config, k, v, starts, balance)
+    loaded = torch_tqattn.KVCache.load(tmp_path / "ours")
+    ours, theirs = (safetensors.numpy.load_file(tmp_path / name) for name in ("ours", "theirs"))
+    assert {key: x.shape for key, x in ours.items()} == {key: x.shape for key, x in theirs.items()}
+    np.testing.assert_array_equal(ours["k_balance"], theirs["k_balance"])
+    for name, same in (("ours", loaded), ("theirs", cache)):
+        for got, expected in zip(same.dense(), decode_file(tmp_path / name), strict=True):
+            assert_close(got.numpy(), expected, 1e-6)
+    for x, y in zip(cache.dense(), loaded.dense(), strict=True):  # codes may differ where rounding decides
+        error = np.linalg.norm((x - y).numpy(), axis=-1)
+        assert np.mean(error > 2e-3 * np.linalg.norm(y.numpy(), axis=-1)) < 0.02
 
 
 @pytest.mark.parametrize("block_size", [0, 128])
@@ -458,6 +512,8 @@ def test_special_rows(block_size: int, tmp_path: Path) -> None:
     v = k.copy()
     v[:, :, 190] *= 1e6
     starts = np.array([0, 2])
+    # The special rows are coded, not dense.
+    config["sink_length"] = 0
     cache = torch_tqattn.KVCache(**config)
     cache.append(tensor(k), tensor(v), left_padding=starts)
     cache.save(tmp_path / "theirs")

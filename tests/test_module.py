@@ -42,6 +42,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"block_size": 0},
     {"block_size": 16, "k_format": "tq6", "v_format": "f16"},
     {"block_size": 16, "residual_length": 40, "encode": "plain"},
+    {"block_size": 16, "sink_length": 20, "encode": "best"},
+    {"block_size": 0, "sink_length": 0},
     {"k_format": "f16", "v_format": "f16"},
     {"window": 40},
     {"window": 40, "block_size": 16, "residual_length": 5},
@@ -78,7 +80,7 @@ def test_result_has_the_type_of_the_query(device: str, dtype: torch.dtype) -> No
     assert module()(q, k, v).dtype == dtype
 
 
-@pytest.mark.parametrize("options", OPTIONS[:5], ids=str)
+@pytest.mark.parametrize("options", OPTIONS[:7], ids=str)
 def test_masks_and_sinks_of_a_long_prompt(device: str, options: dict[str, Any]) -> None:
     q, k, v = tokens(device, 290)
     sinks = torch.randn(HEADS, device=device)
@@ -107,6 +109,21 @@ def test_padded_prompt(device: str, options: dict[str, Any]) -> None:
     alone = module(block_size=0, **options)(q[1:, :, 150:], k[1:, :, 150:], v[1:, :, 150:])
     assert relative_error(out[1:, :, 150:], alone) <= 2 * float32_bound(300)
     assert (out[1, :, :150] == 0).all()
+
+
+def test_balanced_keys(device: str) -> None:
+    balance = torch.rand(KV_HEADS, HEAD_DIM, device=device) + 0.5
+    q, k, v = tokens(device, 200)
+    attention = module(k_balance=balance)
+    out = attention(q, k, v)
+    cache = tq.KVCache(2, KV_HEADS, HEAD_DIM, 400, device=device, k_balance=balance)
+    assert relative_error(out, one_by_one(q, k, v, cache)) <= 2 * float32_bound(200)
+    other = module()
+    other.load_state_dict(attention.state_dict())  # a state brings its balance along
+    assert torch.equal(other(q, k, v), attention(q, k, v))
+    attention.reset()
+    assert torch.equal(attention(q, k, v), out)
+    assert not list(attention.parameters())
 
 
 def test_no_tokens(device: str) -> None:
@@ -278,7 +295,9 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"window": 0}, "window must be None"),
     ({"block_size": -1}, "block_size must be a non-negative integer"),
     ({"residual_length": 1.5}, "residual_length must be a non-negative integer"),
-    ({"encode": "best"}, "unknown encode 'best'; choose fast or plain"),
+    ({"encode": "slow"}, "unknown encode 'slow'; choose one of fast, best, plain"),
+    ({"sink_length": -1}, "sink_length must be a non-negative integer, got -1"),
+    ({"k_balance": torch.ones(KV_HEADS, 80)}, r"k_balance must be float32 \[num_kv_heads, head_dim\] = \[2, 64\]"),
     ({"scale": math.nan}, "scale must be None .* or finite, got nan"),
     ({"softcap": -1.0}, "softcap must be 0 .* or a positive number, got -1"),
 ]

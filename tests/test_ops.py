@@ -30,7 +30,15 @@ FORMAT_PAIRS = [
 
 
 def filled(
-    k_format: str, v_format: str, head_dim: int, length: int, device: str, *, block_size: int = 0, **sizes: int
+    k_format: str,
+    v_format: str,
+    head_dim: int,
+    length: int,
+    device: str,
+    *,
+    block_size: int = 0,
+    starts: Tensor | None = None,
+    **sizes: int,
 ) -> tuple[list[Any], int]:
     """Stores holding `length` random tokens, and how many of them are coded."""
     tail_slots = block_size + 8 if block_size else 0
@@ -40,7 +48,7 @@ def filled(
     )
     k, v = torch.randn(2, *stores[0].shape[:2], length, head_dim, device=device)
     coded = length // block_size * block_size if block_size else length
-    tqattn.encode_kv_(k, v, *stores, 0, 0, coded, block_size)
+    tqattn.encode_kv_(k, v, *stores, 0, 0, coded, block_size, sizes.get("sink_length", 0), starts)
     return stores, coded
 
 
@@ -73,23 +81,25 @@ def test_rotation_of_nothing_and_of_strided_input(device: str) -> None:
 @pytest.mark.parametrize("head_dim", fmt.HEAD_DIMS)
 @pytest.mark.parametrize("block_size", [0, 16])
 @pytest.mark.parametrize(("k_format", "v_format"), FORMAT_PAIRS)
+@pytest.mark.parametrize(("encode", "sink_length"), [("fast", 0), ("best", 5), ("plain", 40)])
 def test_encode_agrees_with_the_reference(
-    head_dim: int, block_size: int, k_format: str, v_format: str, device: str
+    head_dim: int, block_size: int, k_format: str, v_format: str, encode: str, sink_length: int, device: str
 ) -> None:
-    sizes = {"slots": 48, "block_size": block_size, "tail_slots": 24 if block_size else 0, "device": device}
-    stores = empty_stores(k_format, v_format, head_dim, **sizes)
+    sizes = {"slots": 48, "block_size": block_size, "tail_slots": 24 if block_size else 0, "sink_length": sink_length}
+    stores = empty_stores(k_format, v_format, head_dim, **sizes, device=device)
+    starts = torch.tensor([0, 7], dtype=torch.int32, device=device) if sink_length else None
     expected = clone(stores)
     k, v = torch.randn(2, 2, 2, 75, head_dim, device=device)
     position = coded = 0
     for tokens in (40, 1, 1, 33):  # past the 48 slots: a ring
         end = position + tokens
         coded_end = max(coded, (end - 3) // block_size * block_size) if block_size else end
-        arguments = (position, coded, coded_end, block_size)
+        arguments = (position, coded, coded_end, block_size, sink_length, starts, encode)
         tqattn.encode_kv_(k[:, :, position:end], v[:, :, position:end], *stores, *arguments)
         reference.encode_kv_(k[:, :, position:end], v[:, :, position:end], *expected, *arguments)
         position, coded = end, coded_end
     start = 75 - 40
-    held = (head_dim, start, coded, 75, block_size)
+    held = (head_dim, start, coded, 75, block_size, sink_length, starts)
     got = tqattn.decode_kv(*stores, *held, rotated=True)
     wanted = reference.decode_kv(*expected, *held, rotated=True)
     for x, y, name in zip(got, wanted, (k_format, v_format), strict=True):
@@ -119,18 +129,144 @@ def test_codes_are_the_nearest_levels(name: str, device: str) -> None:
     assert relative_error(stores[1], rotated.square().mean(-1).sqrt()) < 1e-6
 
 
+@pytest.mark.parametrize("padding", [None, [0, 13], [90, 3]], ids=str)
+@pytest.mark.parametrize("block_size", [0, 16])
+@pytest.mark.parametrize("sink_length", [1, 5, 21])
+def test_the_first_tokens_of_each_sequence_stay_dense(
+    sink_length: int, block_size: int, padding: list[int] | None, device: str
+) -> None:
+    sizes = {"slots": 64, "block_size": block_size, "tail_slots": 24 if block_size else 0, "device": device}
+    stores = empty_stores("tq4", "f16", 64, sink_length=sink_length, **sizes)
+    without = empty_stores("tq4", "f16", 64, **sizes)
+    k, v = torch.randn(2, 2, 2, 60, 64, device=device)
+    starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=device)
+    position = coded = 0
+    for tokens in (3, 1, 30, 26):
+        end = position + tokens
+        coded_end = end // block_size * block_size if block_size else end
+        part = (k[:, :, position:end], v[:, :, position:end])
+        tqattn.encode_kv_(*part, *stores, position, coded, coded_end, block_size, sink_length, starts)
+        tqattn.encode_kv_(*part, *without, position, coded, coded_end, block_size, 0, starts)
+        position, coded = end, coded_end
+    held = (64, 0, coded, 60, block_size)
+    decoded = tqattn.decode_kv(*stores, *held, sink_length, starts, rotated=True)
+    plain = tqattn.decode_kv(*without, *held, 0, starts, rotated=True)
+    matrix = fmt.signs(64).double()[:, None] * fmt.hadamard(64) / 8
+    for x, y, original in zip(decoded, plain, (k, v), strict=True):
+        for b in range(2):
+            first = 0 if padding is None else padding[b]
+            sinks = slice(first, first + sink_length)
+            exact = original[b, :, sinks].cpu().double() @ matrix
+            # Half's rounding, and float32's of the rotation's six steps.
+            limit = 2**-11 * exact.abs() + 2**-24 * 6 * exact.norm(dim=-1, keepdim=True)
+            assert ((x[b, :, sinks].cpu() - exact).abs() <= limit).all()
+            if not block_size:  # no mean knows of them either
+                assert torch.equal(x[b, :, sinks.stop :], y[b, :, sinks.stop :])
+            assert (x[b, :, : sinks.start] == 0).all()
+    # Elsewhere they leave what padding does: zeros, which are in no mean.
+    padded = empty_stores("tq4", "f16", 64, **sizes)
+    ends = torch.tensor(padding or [0, 0], dtype=torch.int32, device=device) + sink_length
+    tqattn.encode_kv_(k, v, *padded, 0, 0, coded, block_size, 0, ends)
+    waiting = torch.arange(coded, 60, device=device) % 24
+    for i, (x, y) in enumerate(zip(stores[:8], padded[:8], strict=True)):
+        if i in (3, 7) and block_size:
+            assert torch.equal(x[:, :, sink_length + waiting], y[:, :, waiting])
+        elif i not in (3, 7) and x is not None:
+            assert torch.equal(x, y)
+
+
+def best_errors(x: Tensor, bits: int) -> Tensor:
+    """From the definition, in float64: each row's least squared error, over its squared length, among all scales."""
+    levels = fmt.levels(bits).double()
+    y = reference.rotate(x).cpu().double()
+    y = y.unflatten(-1, (-1, min(x.shape[-1], fmt.NORM_GROUP)))
+    length = y.norm(dim=-1, keepdim=True)
+    tried = []
+    for multiplier in torch.linspace(0.8, 1.2, 9, dtype=torch.float64):
+        scale = length / math.sqrt(y.shape[-1]) * multiplier
+        codes = levels[(y[..., None] / scale[..., None] - levels).abs().argmin(-1)]
+        tried.append((y - codes * length / codes.norm(dim=-1, keepdim=True)).square().sum(-1))
+    return torch.stack(tried).amin(0).sum(-1) / y.square().sum((-1, -2))
+
+
+def coded_errors(x: Tensor, name: str, encode: str) -> Tensor:
+    """Each row's squared error, over its squared length, in the rotated domain."""
+    stores = empty_stores(name, name, x.shape[-1], batch=x.shape[0], heads=x.shape[1], slots=x.shape[2])
+    stores = [s.to(x.device) if isinstance(s, Tensor) else s for s in stores]
+    tqattn.encode_kv_(x, x, *stores, 0, 0, x.shape[2], encode=encode)
+    decoded = tqattn.decode_kv(*stores, x.shape[-1], 0, x.shape[2], x.shape[2], rotated=True)[0].cpu().double()
+    y = tqattn.rotate(x).cpu().double()
+    return (decoded - y).square().sum(-1) / y.square().sum(-1)
+
+
+def best_slack(errors: Tensor, head_dim: int) -> Tensor:
+    """How much float32 may add to least squared errors: rounding of their sum, and of numbers of the row's size."""
+    return 2**-24 * (head_dim + 8 / errors.sqrt()) * errors
+
+
+@pytest.mark.parametrize("head_dim", fmt.HEAD_DIMS)
+@pytest.mark.parametrize("name", CODED)
+def test_best_codes_make_the_smallest_angle(name: str, head_dim: int, device: str) -> None:
+    x = torch.randn(2, 2, 20, head_dim, device=device)
+    errors, least = coded_errors(x, name, "best"), best_errors(x, fmt.FORMATS[name].bits)
+    assert (errors <= least + best_slack(least, head_dim)).all()
+
+
+@given(
+    head_dim=st.sampled_from(fmt.HEAD_DIMS),
+    name=st.sampled_from(CODED),
+    power=st.sampled_from([0.3, 1.0, 3.0, 9.0]),
+    size=st.sampled_from([1e-20, 1.0, 1e20]),
+    seed=st.integers(0, 2**16),
+)
+def test_best_is_never_worse_than_fast(head_dim: int, name: str, power: float, size: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        # Rotated, the numbers are as flat or as peaked as `power` makes them.
+        y = torch.randn(1, 1, 20, head_dim)
+        x = tqattn.rotate(y.sign() * y.abs() ** power, True) * size
+        fast, best = coded_errors(x, name, "fast"), coded_errors(x, name, "best")
+        assert (best <= fast + best_slack(fast, head_dim)).all()
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_best_codes_special_rows_as_fast_does(name: str, device: str) -> None:
+    x = torch.randn(2, 2, 8, 64, device=device)
+    x[:, :, 1], x[:, :, 3, 5], x[:, :, 6, 7] = 0, math.nan, math.inf
+    stores = [empty_stores(name, name, 64, slots=8, device=device) for _ in range(2)]
+    for encode, store in zip(("fast", "best"), stores, strict=True):
+        tqattn.encode_kv_(x, x, *store, 0, 0, 8, encode=encode)
+    codes, norms = ([store[i][:, :, [1, 3, 6]] for store in stores] for i in (0, 1))
+    assert torch.equal(codes[0][:, :, 0], codes[1][:, :, 0])
+    assert torch.equal(norms[0].isnan(), norms[1].isnan())
+    assert (norms[1][:, :, 0] == 0).all()
+    assert norms[1][:, :, 1:].isnan().all()
+
+
 # Attention
 
 
 def check_attend(
-    q: Tensor, stores: list[Any], start: int, coded: int, length: int, block_size: int, **options: Any
+    q: Tensor,
+    stores: list[Any],
+    start: int,
+    coded: int,
+    length: int,
+    block_size: int,
+    sink_length: int = 0,
+    starts: Tensor | None = None,
+    **options: Any,
 ) -> None:
-    k, v = tqattn.decode_kv(*stores, q.shape[-1], start, coded, length, block_size)
+    held = (start, coded, length, block_size, sink_length)
+    k, v = tqattn.decode_kv(*stores, q.shape[-1], *held, starts)
     before, query = clone(stores), q.clone()
-    out, lse = tqattn.attend(q, *stores, start, coded, length, block_size, **options)
+    out, lse = tqattn.attend(q, *stores, *held, starts=starts, **options)
     assert all(torch.equal(a, b) for a, b in zip(stores, before, strict=True) if isinstance(a, Tensor))
     assert torch.equal(q, query)
     window = options.pop("window", 0)
+    if starts is not None:
+        seen = torch.arange(start, length, device=q.device) >= starts[:, None, None]
+        options["mask"] = seen & options.get("mask", seen)
     expected, expected_lse = exact_attention(q, k, v, window=window or None, **options)
     assert out.shape == q.shape
     assert out.dtype == q.dtype
@@ -191,6 +327,8 @@ def test_attend_options(options: dict[str, Any], block_size: int, device: str) -
     window=st.sampled_from([0, 1, 17, 150]),
     softcap=st.sampled_from([0.0, 5.0]),
     has_sinks=st.booleans(),
+    sink_length=st.sampled_from([0, 1, 5, 300]),
+    padding=st.lists(st.integers(0, 220), min_size=3, max_size=3) | st.none(),
     seed=st.integers(0, 2**16),
 )
 def test_attend_anything(
@@ -205,14 +343,18 @@ def test_attend_anything(
     window: int,
     softcap: float,
     has_sinks: bool,
+    sink_length: int,
+    padding: list[int] | None,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     with torch.no_grad():
-        stores, coded = filled(*formats, head_dim, length, "cpu", block_size=block_size, batch=batch, heads=kv_heads)
+        starts = None if padding is None else torch.tensor(padding[:batch], dtype=torch.int32)
+        first = {"block_size": block_size, "sink_length": sink_length, "starts": starts}
+        stores, coded = filled(*formats, head_dim, length, "cpu", batch=batch, heads=kv_heads, **first)
         q = torch.randn(batch, kv_heads * group, min(tokens, length), head_dim)
         sinks = torch.randn(kv_heads * group) if has_sinks else None
-        check_attend(q, stores, 0, coded, length, block_size, window=window, softcap=softcap, sinks=sinks)
+        check_attend(q, stores, 0, coded, length, **first, window=window, softcap=softcap, sinks=sinks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -332,29 +474,30 @@ def test_a_block_is_coded_without_new_tokens(device: str) -> None:
 # Registration: fake kernels, compilation, gradients, other devices
 
 
-def step_arguments(block_size: int) -> tuple[list[Any], dict[str, Any]]:
-    stores, coded = filled("tq4", "tq8", 64, 31, "cpu", block_size=block_size)
+def step_arguments(block_size: int, sink_length: int = 0) -> tuple[list[Any], dict[str, Any]]:
+    stores, coded = filled("tq4", "tq8", 64, 31, "cpu", block_size=block_size, sink_length=sink_length)
     q, kv = torch.randn(2, 4, 1, 64), torch.randn(2, 2, 1, 64)
     if not block_size:
-        stores = [s if s is None or isinstance(s, str) else torch.cat([s, s], 2) for s in stores]
+        stores = [torch.cat([s, s], 2) if isinstance(s, Tensor) else s for s in stores]
     coded_end = 32
     options = {"sinks": torch.randn(4), "starts": torch.tensor([0, 3], dtype=torch.int32)}
-    return [q, kv, kv, *stores, 0, 31, coded, coded_end, block_size], options
+    return [q, kv, kv, *stores, 0, 31, coded, coded_end, block_size, sink_length], options
 
 
+@pytest.mark.parametrize("sink_length", [0, 3])
 @pytest.mark.parametrize("block_size", [0, 16])
-def test_opcheck(block_size: int) -> None:
-    stores, coded = filled("tq4", "tq8", 64, 31, "cpu", block_size=block_size)
+def test_opcheck(block_size: int, sink_length: int) -> None:
+    stores, coded = filled("tq4", "tq8", 64, 31, "cpu", block_size=block_size, sink_length=sink_length)
     q, kv = torch.randn(2, 4, 1, 64), torch.randn(2, 2, 1, 64)
-    positions = (0, coded, 31, block_size)
+    positions = (0, coded, 31, block_size, sink_length)
     cases = [
         (tqattn.rotate, (q,), {}),
         (tqattn.attend, (q, *stores, *positions), {"mask": torch.ones(1, 1, 31, dtype=torch.bool)}),
         (tqattn.decode_kv, (*stores, 64, *positions), {}),
     ]
-    arguments, options = step_arguments(block_size)
+    arguments, options = step_arguments(block_size, sink_length)
     cases.append((tqattn.decode_step_, tuple(arguments), options))
-    encoded = (kv, kv, *arguments[3:13], 31, coded, 32, block_size)
+    encoded = (kv, kv, *arguments[3:13], 31, coded, 32, block_size, sink_length)
     cases.append((tqattn.encode_kv_, encoded, {}))
     for operator, args, kwargs in cases:
         torch.library.opcheck(operator.default, args, kwargs)
@@ -406,7 +549,7 @@ def test_a_device_without_kernels_runs_the_checked_reference() -> None:
         table = torch._C._dispatch_dump_table(f"tqattn::{name}")
         line = next(row for row in table.splitlines() if row.startswith("XPU:"))
         assert "[default backend kernel]" in line, name
-    arguments, options = step_arguments(16)
+    arguments, options = step_arguments(16, sink_length=3)
     meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
     meta[0] = meta[0].double()
     with pytest.raises(ValueError, match="q must be float32, float16 or bfloat16, got Double"):
@@ -445,7 +588,10 @@ WRONG_ATTEND = [
     ("v_norms", lambda a: a["k_norms"], "v_norms were given, but format f16 has none"),
     ("k_norms", lambda a: a["k_norms"].double(), "k_norms must be Float, got Double"),
     ("k_means", lambda a: a["k_means"][..., :32].contiguous(), "k_means must be"),
-    ("k_tail", lambda a: None, "k_tail must be given exactly when block_size is positive"),
+    ("k_tail", lambda a: None, "k_tail must be given exactly when block_size or sink_length is positive; they are 16"),
+    ("sink_length", lambda a: -1, "sink_length must be 0 .none. or positive, got -1"),
+    ("sink_length", lambda a: 25, "k_tail must have a row for each of sink_length 25 tokens, got 24 rows"),
+    ("sink_length", lambda a: 20, "positions 32 to 40 do not fit a tail of 4 slots"),
     ("v_tail", lambda a: a["v_tail"][:, :, :20].contiguous(), "k and v stores must have the same"),
     ("block_size", lambda a: 0, "k_means were given, but block_size is 0"),
     ("block_size", lambda a: -1, "block_size must be 0 .no blocks. or positive, got -1"),
@@ -507,7 +653,9 @@ WRONG_ENCODE = [
     ({"coded_end": 40}, "multiples of block_size 16"),
     ({"position": 57}, "must fit a tail of 24 slots"),
     ({"starts": torch.zeros(3, dtype=torch.int32)}, "starts must be .batch."),
-    ({"encode": "slow"}, "unknown encode 'slow'; choose fast"),
+    ({"encode": "slow"}, "unknown encode 'slow'; choose fast or best .* or plain"),
+    ({"sink_length": 25}, "k_tail must have a row for each of sink_length 25 tokens, got 24 rows"),
+    ({"sink_length": 20}, "must fit a tail of 4 slots"),
 ]
 
 

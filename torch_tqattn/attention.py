@@ -78,12 +78,13 @@ def attention(
             "append their keys and values first"
         )
     out, lse = torch.ops.tqattn.attend(
-        q,
+        cache._balanced_queries(q),
         *cache._stores(),
         start=cache._begin(q.shape[2]),
         coded=cache._coded,
         length=cache._length,
         block_size=cache.config.block,
+        sink_length=cache.config.sink_rows,
         scale=scale,
         softcap=softcap,
         window=cache.config.window or 0,
@@ -92,6 +93,7 @@ def attention(
         starts=cache._starts,
         causal=causal,
     )
+    out = out.to(q.dtype)  # balanced queries are float32
     return (out, lse) if return_lse else out
 
 
@@ -104,7 +106,7 @@ class TQAttention(nn.Module):
     Args:
         num_heads, num_kv_heads, head_dim: the layer's sizes.
         max_seq_len: tokens that the cache can hold.
-        k_format, v_format, window, block_size, residual_length, encode: as for KVCache.
+        k_format, v_format, window, block_size, residual_length, encode, sink_length, k_balance: as for KVCache.
         scale, softcap: as for `attention`.
 
     Raises:
@@ -126,13 +128,25 @@ class TQAttention(nn.Module):
         block_size: int = fmt.DEFAULT_BLOCK_SIZE,
         residual_length: int = 0,
         encode: str = "fast",
+        sink_length: int = fmt.DEFAULT_SINK_LENGTH,
+        k_balance: Tensor | None = None,
         scale: float | None = None,
         softcap: float = 0.0,
     ) -> None:
         super().__init__()
         # A wrong argument is reported here, not at the first token.
         config = CacheConfig(
-            1, num_kv_heads, head_dim, max_seq_len, k_format, v_format, window, block_size, residual_length, encode
+            1,
+            num_kv_heads,
+            head_dim,
+            max_seq_len,
+            k_format,
+            v_format,
+            window,
+            block_size,
+            residual_length,
+            encode,
+            sink_length,
         )
         if not isinstance(num_heads, int) or num_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads {num_heads!r} must be a positive multiple of num_kv_heads {num_kv_heads}")
@@ -141,6 +155,7 @@ class TQAttention(nn.Module):
         if not math.isfinite(softcap) or softcap < 0:
             raise ValueError(f"softcap must be 0 (none) or a positive number, got {softcap}")
         self._config = config
+        self._k_balance = None if k_balance is None else config.checked_balance(k_balance)
         self.num_heads = num_heads
         self.scale = scale
         self.softcap = softcap
@@ -235,4 +250,5 @@ class TQAttention(nn.Module):
         return rows[..., : mask.shape[-1] - (tokens - part.stop)]
 
     def _allocate(self, batch_size: int, device: torch.device) -> KVCache:
-        return KVCache(**{**asdict(self._config), "batch_size": batch_size}, device=device)
+        config = {**asdict(self._config), "batch_size": batch_size}
+        return KVCache(**config, device=device, k_balance=self._k_balance)

@@ -30,6 +30,7 @@ class CacheConfig:
     block_size: int
     residual_length: int
     encode: str
+    sink_length: int
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_kv_heads", "capacity"):
@@ -41,24 +42,33 @@ class CacheConfig:
         fmt.get_format(self.v_format)
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise ValueError(f"window must be None (all positions) or a positive integer, got {self.window!r}")
-        for name in ("block_size", "residual_length"):
+        for name in ("block_size", "residual_length", "sink_length"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a non-negative integer, got {getattr(self, name)!r}")
         if self.residual_length and not self.block_size:
             raise ValueError(
                 f"residual_length {self.residual_length} needs blocks: with block_size 0 every token is coded at once"
             )
-        if self.encode not in ("fast", "plain"):
-            raise ValueError(f"unknown encode {self.encode!r}; choose fast or plain")
+        if self.encode not in fmt.ENCODES:
+            raise ValueError(f"unknown encode {self.encode!r}; choose one of {', '.join(fmt.ENCODES)}")
 
     @property
     def formats(self) -> tuple[fmt.Format, fmt.Format]:
         return fmt.FORMATS[self.k_format], fmt.FORMATS[self.v_format]
 
     @property
+    def is_coded(self) -> bool:
+        return any(side.is_coded for side in self.formats)
+
+    @property
     def block(self) -> int:
         """Positions coded at a time; 0 if each token is stored as it comes, as in a cache that codes nothing."""
-        return 0 if self.k_format == self.v_format == "f16" else self.block_size
+        return self.block_size if self.is_coded else 0
+
+    @property
+    def sink_rows(self) -> int:
+        """Rows of the tail for each sequence's first tokens; 0 in a cache that codes nothing, where all are dense."""
+        return self.sink_length if self.is_coded else 0
 
     @property
     def is_ring(self) -> bool:
@@ -73,7 +83,18 @@ class CacheConfig:
 
     @property
     def tail_slots(self) -> int:
+        """Rows of the tail's ring, which come after the sink rows."""
         return self.block + self.residual_length if self.block else 0
+
+    def checked_balance(self, k_balance: Tensor) -> Tensor:
+        """A copy of KVCache's argument; ValueError if it does not fit."""
+        shape = [self.num_kv_heads, self.head_dim]
+        if not isinstance(k_balance, Tensor) or k_balance.dtype != torch.float32 or list(k_balance.shape) != shape:
+            given = f"{k_balance.dtype} {list(k_balance.shape)}" if isinstance(k_balance, Tensor) else repr(k_balance)
+            raise ValueError(f"k_balance must be float32 [num_kv_heads, head_dim] = {shape}, got {given}")
+        if not ((k_balance > 0) & k_balance.isfinite()).all():
+            raise ValueError(f"k_balance must be positive and finite, got {k_balance.min()} to {k_balance.max()}")
+        return k_balance.detach().clone(memory_format=torch.contiguous_format)
 
 
 @dataclass
@@ -93,7 +114,7 @@ class _Side:
         dtype = torch.uint8 if storage.is_coded else torch.float16
         norm_shape = (*lead, config.slots) if groups == 1 else (*lead, config.slots, groups)
         mean_shape = (*lead, config.slots // config.block, config.head_dim) if config.block else None
-        tail_shape = (*lead, config.tail_slots, config.head_dim)
+        tail_rows = config.sink_rows + config.tail_slots
 
         def half(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float16, device=device)
@@ -102,7 +123,7 @@ class _Side:
             codes=torch.zeros(*lead, config.slots, width, dtype=dtype, device=device),
             norms=torch.zeros(norm_shape, device=device) if groups else None,
             means=half(*mean_shape) if mean_shape and storage.is_coded else None,
-            tail=half(*tail_shape) if config.block else None,
+            tail=half(*lead, tail_rows, config.head_dim) if tail_rows else None,
         )
 
     def buffers(self) -> dict[str, Tensor]:
@@ -113,8 +134,9 @@ class KVCache:
     """Keys and values of one attention layer, compressed.
 
     Tokens are coded in blocks of `block_size` around the mean of their block; the newest ones wait, dense in half
-    precision, until a block is full and the next token comes. Positions are counted from 0 for the first token ever
-    appended; sequences of a batch have the same length, those with less to say are padded on the left.
+    precision, until a block is full and the next token comes. The first few stay dense for good: trained models attend
+    to them more than to any others. Positions are counted from 0 for the first token ever appended; sequences of a
+    batch have the same length, those with less to say are padded on the left.
 
     Args:
         batch_size, num_kv_heads, head_dim: sizes; head_dim is one of format.HEAD_DIMS.
@@ -124,7 +146,12 @@ class KVCache:
         window: tokens that a query sees, its own included; None for all.
         block_size: tokens coded at a time around their mean; 0 codes each token as it comes, without a mean.
         residual_length: the newest tokens that always stay dense.
-        encode: "fast" scales a decoded group to its original norm; "plain" keeps the scale it was quantised at.
+        encode: "fast" scales a decoded group to its original norm; "best" also searches for its best codes, which
+            takes several times as long; "plain" keeps the scale it was quantised at. All are read alike.
+        sink_length: the first tokens of each sequence, its padding not counted, that always stay dense. (The `sinks` of
+            `attention` are another thing: logits without a token.)
+        k_balance: float32 [num_kv_heads, head_dim], positive. Keys are stored times it and queries are divided by it:
+            logits stay what they are, but the error of coding is smaller where it is larger. None for ones.
 
     Raises:
         ValueError: an argument is out of range; the message names what was given and what is supported.
@@ -143,6 +170,8 @@ class KVCache:
         block_size: int = fmt.DEFAULT_BLOCK_SIZE,
         residual_length: int = 0,
         encode: str = "fast",
+        sink_length: int = fmt.DEFAULT_SINK_LENGTH,
+        k_balance: Tensor | None = None,
     ) -> None:
         self.config = CacheConfig(
             batch_size,
@@ -155,10 +184,12 @@ class KVCache:
             block_size,
             residual_length,
             encode,
+            sink_length,
         )
         k_side, v_side = self.config.formats
         self._k = _Side.allocate(self.config, k_side, device)
         self._v = _Side.allocate(self.config, v_side, device)
+        self.k_balance = None if k_balance is None else self.config.checked_balance(k_balance).to(self.device)
         self.reset()
 
     def reset(self) -> None:
@@ -179,7 +210,7 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all buffers, used or not."""
         tensors = [*self._k.buffers().values(), *self._v.buffers().values()]
-        tensors += [] if self._starts is None else [self._starts]
+        tensors += [t for t in (self._starts, self.k_balance) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
@@ -188,8 +219,9 @@ class KVCache:
 
     def __repr__(self) -> str:
         c = self.config
+        balanced = "" if self.k_balance is None else "keys balanced, "
         return (
-            f"KVCache({c.k_format}/{c.v_format}, {len(self)} of {c.capacity} tokens, batch {c.batch_size}, "
+            f"KVCache({c.k_format}/{c.v_format}, {balanced}{len(self)} of {c.capacity} tokens, batch {c.batch_size}, "
             f"{c.num_kv_heads} heads of {c.head_dim}, window {c.window}, {self.nbytes} bytes on {self.device})"
         )
 
@@ -198,7 +230,8 @@ class KVCache:
 
         Padding comes out as zeros.
         """
-        return self._decode(self._begin(1), rotated=False)
+        k, v = self._decode(self._begin(1), rotated=False)
+        return k if self.k_balance is None else k / self.k_balance[:, None], v
 
     # Writing
 
@@ -218,13 +251,14 @@ class KVCache:
         starts = self._padding_starts(left_padding)
         coded_end = self._coded_end(k.shape[2])
         torch.ops.tqattn.encode_kv_(
-            k,
+            self._balanced_keys(k),
             v,
             *self._stores(),
             position=self._length,
             coded=self._coded,
             coded_end=coded_end,
             block_size=self.config.block,
+            sink_length=self.config.sink_rows,
             starts=starts,
             encode=self.config.encode,
         )
@@ -255,9 +289,9 @@ class KVCache:
         tokens = k.shape[2]
         coded_end = self._coded_end(tokens)
         begin = self._begin(tokens, self._length + tokens, self._stored_once(coded_end))
-        result = torch.ops.tqattn.decode_step_(
-            q,
-            k,
+        out, lse = torch.ops.tqattn.decode_step_(
+            self._balanced_queries(q),
+            self._balanced_keys(k),
             v,
             *self._stores(),
             start=begin,
@@ -265,6 +299,7 @@ class KVCache:
             coded=self._coded,
             coded_end=coded_end,
             block_size=self.config.block,
+            sink_length=self.config.sink_rows,
             encode=self.config.encode,
             scale=scale,
             softcap=softcap,
@@ -274,7 +309,7 @@ class KVCache:
             starts=starts,
         )
         self._advance(tokens, coded_end, starts)
-        return result
+        return out.to(q.dtype), lse
 
     def check_room(self, tokens: int) -> None:
         """ValueError if `tokens` more do not fit."""
@@ -314,11 +349,13 @@ class KVCache:
         if end < self._coded:
             block = self.config.block
             coded = end // block * block if block else end
-            if coded < end:  # what is kept of a coded block goes back to the tail
+            if coded < end:  # what is kept of a coded block goes back to the tail; the first tokens are there already
+                positions = torch.arange(coded, end, device=self.device)
+                slots = self.config.sink_rows + positions % self.config.tail_slots
+                is_sink = positions < (0 if self._starts is None else self._starts[:, None]) + self.config.sink_rows
                 for side, rows in zip((self._k, self._v), self._decode(coded, end, rotated=True), strict=True):
                     assert side.tail is not None
-                    slots = torch.arange(coded, end, device=self.device) % self.config.tail_slots
-                    side.tail[:, :, slots] = to_half(rows)
+                    side.tail[:, :, slots] = to_half(rows.where(~is_sink.view(-1, 1, end - coded, 1), 0.0))
             self._coded = coded
         self._length = end
 
@@ -349,8 +386,15 @@ class KVCache:
         tensors = {}
         for name, buffer in self._named_buffers().items():
             tensors[name] = buffer.index_select(2, self._rows_in_use(name))
+            if name.endswith("tail") and self._starts is not None:
+                # A padded sequence may have fewer sinks than others. What a crop has forgotten there is not kept.
+                row = torch.arange(min(self.config.sink_rows, self._length), device=self.device)
+                is_unused = row >= self._length - self._starts[:, None]
+                tensors[name][:, :, : len(row)].masked_fill_(is_unused[:, None, :, None], 0.0)
         if self._starts is not None:
             tensors["starts"] = self._starts.clone()
+        if self.k_balance is not None:
+            tensors["k_balance"] = self.k_balance.clone()
         return {**state, "tensors": tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -381,7 +425,7 @@ class KVCache:
         """
         try:
             state = cache_file.read_state(path)
-            cache = cls(**state["config"], device=device)
+            cache = cls(**asdict(CacheConfig(**state["config"])), device=device)
             cache._fill(state)
         except FileNotFoundError:
             raise
@@ -457,6 +501,7 @@ class KVCache:
             coded=coded,
             length=max(coded, end),  # whole blocks, of which the rows asked for are the first
             block_size=self.config.block,
+            sink_length=self.config.sink_rows,
             starts=self._starts,
             rotated=rotated,
         )
@@ -478,9 +523,11 @@ class KVCache:
             self._starts = self._starts.index_select(0, index)
 
     def _rows_in_use(self, name: str) -> Tensor:
-        """Slots of a buffer that hold something; those of the tail oldest first."""
+        """Slots of a buffer that hold something; those of the tail's ring oldest first."""
         if name.endswith("tail"):
-            return torch.arange(self._coded, self._length, device=self.device) % self.config.tail_slots
+            sinks = torch.arange(min(self.config.sink_rows, self._length), device=self.device)
+            waiting = torch.arange(self._coded, self._length, device=self.device) % max(self.config.tail_slots, 1)
+            return torch.cat([sinks, self.config.sink_rows + waiting])
         used = min(self._coded, self.config.slots)
         return torch.arange(used // self.config.block if name.endswith("means") else used, device=self.device)
 
@@ -503,6 +550,7 @@ class KVCache:
             raise ValueError(f"the counters contradict each other or the configuration: {counters}")
         tensors = dict(state["tensors"])
         starts = tensors.pop("starts", None)
+        balance = tensors.pop("k_balance", None)
         buffers = self._named_buffers()
         if set(tensors) != set(buffers):
             raise ValueError(f"it has tensors {sorted(tensors)}, expected {sorted(buffers)}")
@@ -518,6 +566,28 @@ class KVCache:
             if starts.shape != (self.config.batch_size,) or starts.dtype != torch.int32:
                 raise ValueError(f"starts is {starts.dtype} {list(starts.shape)}, expected int32 [batch]")
             self._starts = starts.to(self.device)
+        if balance is not None:
+            self.k_balance = self.config.checked_balance(balance).to(self.device)
+
+    # Balanced keys
+
+    def _can_balance(self, x: Tensor) -> bool:
+        """Whether x may be multiplied; if not, the operator that gets it as it is says what is wrong."""
+        assert self.k_balance is not None
+        return x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.device == self.k_balance.device
+
+    def _balanced_keys(self, k: Tensor) -> Tensor:
+        if self.k_balance is None or not self._can_balance(k) or k.shape[1::2] != self.k_balance.shape:
+            return k
+        return k.float() * self.k_balance[:, None]
+
+    def _balanced_queries(self, q: Tensor) -> Tensor:
+        if self.k_balance is None or not self._can_balance(q):
+            return q
+        heads, head_dim = self.k_balance.shape
+        if q.shape[3] != head_dim or q.shape[1] % heads:
+            return q
+        return (q.float().unflatten(1, (heads, -1)) / self.k_balance[:, None, None]).flatten(1, 2)
 
 
 def _three_dimensional(mask: Tensor | None) -> Tensor | None:

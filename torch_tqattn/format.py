@@ -17,6 +17,10 @@ HEAD_DIMS = (64, 80, 96, 128, 192, 256, 512)
 NORM_GROUP = 256  # a norm covers at most this many coordinates
 ROW_ALIGNMENT = 4  # bytes: rows of codes are padded so that every backend can load whole words
 DEFAULT_BLOCK_SIZE = 128
+DEFAULT_SINK_LENGTH = 4  # trained models attend to their first tokens more than to any other
+ENCODES = ("fast", "best", "plain")
+# Scales that encode="best" tries, times the root mean square, in this order: of equally good ones the first is kept.
+SCALE_MULTIPLIERS = (1.0, 0.95, 1.05, 0.9, 1.1, 0.85, 1.15, 0.8, 1.2)
 HALF_MAX = 65504.0  # larger finite numbers are stored as this: a dense row never turns a number into infinity
 
 

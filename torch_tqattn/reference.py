@@ -1,7 +1,8 @@
 """The general operators in plain float32 PyTorch: an oracle for tests, and what runs on a device without kernels.
 
 Signatures are the operators' own (csrc/schema.cpp). Arguments have been checked before a function here is called.
-Positions are absolute: position p of a ring of C slots lives in slot p % C, so a ring never moves a row.
+Positions are absolute: position p of a ring of C slots lives in slot p % C, so a ring never moves a row. The tail holds
+first `sink_length` rows with each sequence's first tokens, then a ring.
 """
 
 import torch
@@ -54,13 +55,32 @@ def _root_mean_square(groups: Tensor) -> Tensor:
     return (unit * (groups / unit).square().mean(-1, keepdim=True).sqrt()).squeeze(-1)
 
 
-def quantise(rows: Tensor, codebook: Tensor, preserve_norm: bool) -> tuple[Tensor, Tensor]:
+def _best_codes(normalised: Tensor, codebook: Tensor) -> Tensor:
+    """For each group, of the codes that fmt.SCALE_MULTIPLIERS give, those that make the smallest angle with it."""
+    codes = torch.zeros_like(normalised, dtype=torch.int64)
+    least = torch.full_like(normalised[..., :1], torch.inf)
+    for multiplier in fmt.SCALE_MULTIPLIERS:
+        tried = torch.bucketize(normalised, fmt.thresholds(codebook) * multiplier)
+        level = codebook[tried]
+        # The squared length of the group's part at right angles to its codes: that of what quantising at this scale
+        # left over, less what another scale would still take off it. From the group itself, float32 would lose the
+        # difference at 8 bits.
+        rest = normalised - level * multiplier
+        along = (rest * level).sum(-1, keepdim=True)
+        error = rest.square().sum(-1, keepdim=True) - along * along / level.square().sum(-1, keepdim=True)
+        codes = torch.where(error < least, tried, codes)
+        least = torch.minimum(error, least)
+    return codes
+
+
+def quantise(rows: Tensor, codebook: Tensor, encode: str) -> tuple[Tensor, Tensor]:
     """Nearest level of every coordinate, and the number that each group's levels are multiplied with.
 
     Args:
         rows: float32 [..., D], rotated.
         codebook: float32 [levels], ascending.
-        preserve_norm: make the decoded group as long as the original; else its root mean square is the scale.
+        encode: "fast" makes the decoded group as long as the original; "best" too, with the codes, of those that
+            fmt.SCALE_MULTIPLIERS give, that make the smallest angle with it; "plain" has its root mean square as norm.
 
     Returns:
         uint8 codes [..., D] and float32 norms [..., groups]; the norm of a group with a NaN or an infinity is NaN.
@@ -69,10 +89,14 @@ def quantise(rows: Tensor, codebook: Tensor, preserve_norm: bool) -> tuple[Tenso
     rms = _root_mean_square(groups)
     safe = torch.where(rms > 0, rms, 1.0)[..., None]
     normalised = (groups / safe).nan_to_num(0.0)
-    codes = torch.bucketize(normalised, fmt.thresholds(codebook).to(rows.device))
+    codebook = codebook.to(rows.device)
+    if encode == "best":
+        codes = _best_codes(normalised, codebook)
+    else:
+        codes = torch.bucketize(normalised, fmt.thresholds(codebook))
     norms = rms
-    if preserve_norm:
-        norms = rms / codebook.to(rows.device)[codes].square().mean(-1).sqrt()
+    if encode != "plain":
+        norms = rms / codebook[codes].square().mean(-1).sqrt()
     norms = torch.where(rms > 0, norms, rms)
     norms = torch.where(norms.isfinite(), norms, torch.nan)
     return codes.flatten(-2).to(torch.uint8), norms
@@ -99,7 +123,7 @@ def _positions(begin: int, end: int, device: torch.device) -> Tensor:
 def _store_rows(
     side: Rows, storage: fmt.Format, rows: Tensor, begin: int, block_size: int, valid: Tensor, encode: str
 ) -> None:
-    """Code rotated rows [B, H, T, D] of positions begin... into their slots; rows that are not valid become zero."""
+    """Code rotated rows [B, H, T, D] of positions begin... into their slots; rows that are not valid become zeros."""
     codes, norms, means, _ = side
     slots = _positions(begin, begin + rows.shape[2], rows.device) % codes.shape[2]
     if means is not None:
@@ -115,9 +139,40 @@ def _store_rows(
         codes[:, :, slots] = to_half(rows)
         return
     assert norms is not None
-    indices, scale = quantise(rows, fmt.levels(storage.bits), preserve_norm=encode != "plain")
+    indices, scale = quantise(rows, fmt.levels(storage.bits), encode)
     codes[:, :, slots] = fmt.pack(indices, storage)
     split_norms(norms, rows.shape[-1])[:, :, slots] = scale
+
+
+def _begins(starts: Tensor | None, like: Tensor) -> Tensor:
+    """The first position of each sequence that is no padding, int64 [B, 1]."""
+    if starts is None:
+        return torch.zeros(like.shape[0], 1, dtype=torch.int64, device=like.device)
+    return starts[:, None].to(like.device).long().clamp(min=0)
+
+
+def _waiting_slots(tail: Tensor, begin: int, end: int, sink_length: int) -> Tensor:
+    """Rows of the tail's ring where positions begin..end wait."""
+    return sink_length + _positions(begin, end, tail.device) % max(tail.shape[2] - sink_length, 1)
+
+
+def _store_sinks(tail: Tensor, rows: Tensor, position: int, sink_length: int, begins: Tensor) -> None:
+    """Put those rotated rows [B, H, T, D] of positions position... that are sinks into their rows of the tail."""
+    if not rows.shape[2]:
+        return
+    index = begins + _positions(0, sink_length, rows.device) - position  # [B, sink_length], into rows
+    given = (index >= 0) & (index < rows.shape[2])
+    index = index.clamp(0, rows.shape[2] - 1)[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+    sinks = tail[:, :, :sink_length]
+    sinks.copy_(torch.where(given[:, None, :, None], to_half(rows.gather(2, index)), sinks))
+
+
+def _read_sinks(rows: Tensor, tail: Tensor, start: int, sink_length: int, begins: Tensor) -> Tensor:
+    """Rows [B, H, L, D] of positions start..., with the sinks among them from their rows of the tail."""
+    index = start + _positions(0, rows.shape[2], rows.device) - begins  # [B, L], into the tail
+    is_sink = (index >= 0) & (index < sink_length)
+    index = index.clamp(0, sink_length - 1)[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+    return torch.where(is_sink[:, None, :, None], tail.gather(2, index).float(), rows)
 
 
 def _encode_side(
@@ -128,6 +183,7 @@ def _encode_side(
     coded: int,
     coded_end: int,
     block_size: int,
+    sink_length: int,
     starts: Tensor | None,
     encode: str,
 ) -> None:
@@ -136,21 +192,21 @@ def _encode_side(
     end = position + x.shape[2]
     slot_count = side[0].shape[2]
     rows = rotate(x)
-    if tail is not None:
+    begins = _begins(starts, x)
+    if tail is not None and sink_length:
+        _store_sinks(tail, rows, position, sink_length, begins)
+    if tail is not None and block_size:
         rows = to_half(rows)
-        old = _positions(coded, position, x.device) % tail.shape[2]
+        old = _waiting_slots(tail, coded, position, sink_length)
         rows = torch.cat([tail[:, :, old], rows], dim=2)
     first = max(coded, coded_end - slot_count)  # older rows would be overwritten by this very call
-    positions = _positions(coded, end, x.device)
-    valid = positions[None] >= (
-        torch.zeros(x.shape[0], 1, device=x.device) if starts is None else starts[:, None].to(x.device)
-    )
+    valid = _positions(coded, end, x.device)[None] >= begins + sink_length
     if coded_end > first:
         kept = slice(first - coded, coded_end - coded)
         _store_rows(side, storage, rows[:, :, kept].float(), first, block_size, valid[:, kept], encode)
-    if tail is not None:
+    if tail is not None and block_size:
         fresh = max(coded_end, position)
-        slots = _positions(fresh, end, x.device) % tail.shape[2]
+        slots = _waiting_slots(tail, fresh, end, sink_length)
         waiting = slice(fresh - coded, end - coded)
         tail[:, :, slots] = torch.where(valid[:, None, waiting, None], rows[:, :, waiting], 0.0).half()
 
@@ -172,6 +228,7 @@ def encode_kv_(
     coded: int,
     coded_end: int,
     block_size: int = 0,
+    sink_length: int = 0,
     starts: Tensor | None = None,
     encode: str = "fast",
 ) -> None:
@@ -179,14 +236,22 @@ def encode_kv_(
         (k, (k_codes, k_norms, k_means, k_tail), k_format),
         (v, (v_codes, v_norms, v_means, v_tail), v_format),
     ):
-        _encode_side(x, side, name, position, coded, coded_end, block_size, starts, encode)
+        _encode_side(x, side, name, position, coded, coded_end, block_size, sink_length, starts, encode)
 
 
 # Decoding
 
 
 def _decode_side(
-    side: Rows, format_name: str, head_dim: int, start: int, coded: int, length: int, block_size: int
+    side: Rows,
+    format_name: str,
+    head_dim: int,
+    start: int,
+    coded: int,
+    length: int,
+    block_size: int,
+    sink_length: int,
+    starts: Tensor | None,
 ) -> Tensor:
     """Rotated rows [B, H, length - start, D] of positions start..length, float32."""
     codes, norms, means, tail = side
@@ -203,11 +268,13 @@ def _decode_side(
         if means is not None:
             rows = rows + means[:, :, slots // block_size].float()
         parts.append(rows)
-    if tail is not None:
-        begin = max(start, coded)
-        parts.append(tail[:, :, _positions(begin, length, codes.device) % tail.shape[2]].float())
+    if tail is not None and block_size:
+        parts.append(tail[:, :, _waiting_slots(tail, max(start, coded), length, sink_length)].float())
     empty = torch.zeros(*codes.shape[:2], 0, head_dim, device=codes.device)
-    return torch.cat([empty, *parts], dim=2)
+    rows = torch.cat([empty, *parts], dim=2)
+    if tail is not None and sink_length:
+        rows = _read_sinks(rows, tail, start, sink_length, _begins(starts, rows))
+    return rows
 
 
 def decode_kv(
@@ -226,6 +293,7 @@ def decode_kv(
     coded: int,
     length: int,
     block_size: int = 0,
+    sink_length: int = 0,
     starts: Tensor | None = None,
     rotated: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -234,7 +302,7 @@ def decode_kv(
         ((k_codes, k_norms, k_means, k_tail), k_format),
         ((v_codes, v_norms, v_means, v_tail), v_format),
     ):
-        rows = _decode_side(side, name, head_dim, start, coded, length, block_size)
+        rows = _decode_side(side, name, head_dim, start, coded, length, block_size, sink_length, starts)
         if starts is not None:
             padding = _positions(start, length, rows.device)[None] < starts[:, None]
             rows = torch.where(padding[:, None, :, None], 0.0, rows)
@@ -308,6 +376,7 @@ def attend(
     coded: int,
     length: int,
     block_size: int = 0,
+    sink_length: int = 0,
     scale: float | None = None,
     softcap: float = 0.0,
     window: int = 0,
@@ -318,8 +387,9 @@ def attend(
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     head_dim = q.shape[-1]
-    k = _decode_side((k_codes, k_norms, k_means, k_tail), k_format, head_dim, start, coded, length, block_size)
-    v = _decode_side((v_codes, v_norms, v_means, v_tail), v_format, head_dim, start, coded, length, block_size)
+    held = (head_dim, start, coded, length, block_size, sink_length, starts)
+    k = _decode_side((k_codes, k_norms, k_means, k_tail), k_format, *held)
+    v = _decode_side((v_codes, v_norms, v_means, v_tail), v_format, *held)
     visible = _visible(q.shape[2], start, length, causal, window, mask, starts, lengths, q.device)
     scale = head_dim**-0.5 if scale is None else scale
     out, lse = softmax_attention(rotate(q), k, v, visible, scale, softcap, sinks)
@@ -345,6 +415,7 @@ def decode_step_(
     coded: int,
     coded_end: int,
     block_size: int = 0,
+    sink_length: int = 0,
     encode: str = "fast",
     scale: float | None = None,
     softcap: float = 0.0,
@@ -354,6 +425,7 @@ def decode_step_(
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     stores = (k_codes, k_norms, k_means, k_tail, v_codes, v_norms, v_means, v_tail, k_format, v_format)
-    encode_kv_(k, v, *stores, position, coded, coded_end, block_size, starts, encode)
+    encode_kv_(k, v, *stores, position, coded, coded_end, block_size, sink_length, starts, encode)
     length = position + k.shape[2]
-    return attend(q, *stores, start, coded_end, length, block_size, scale, softcap, window, sinks, mask, starts)
+    held = (start, coded_end, length, block_size, sink_length)
+    return attend(q, *stores, *held, scale, softcap, window, sinks, mask, starts)

@@ -31,7 +31,7 @@ def _seed_quantise_(
     begin = write_pos + rows.shape[1] - kept.shape[1]
     slots = torch.arange(begin, begin + kept.shape[1], device=x.device)
     slots = slots % capacity if is_sliding else slots
-    codes, rms = reference.quantise(reference.rotate(kept), codebook, preserve_norm=False)
+    codes, rms = reference.quantise(reference.rotate(kept), codebook, encode="plain")
     packed[:, slots] = fmt.pack(codes, storage)
     reference.split_norms(norms, x.shape[-1])[:, slots] = rms / _seed_norm_factor(x.shape[-1], scale_factor)
 

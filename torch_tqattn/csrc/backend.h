@@ -15,7 +15,7 @@ namespace tqattn {
 using OptionalTensor = std::optional<at::Tensor>;
 
 // One side (K or V) of a cache. codes [batch, kv_heads, slots, row], norms [batch, kv_heads, slots(, groups)], means
-// [batch, kv_heads, blocks, head_dim], tail [batch, kv_heads, tail_slots, head_dim]; all contiguous.
+// [batch, kv_heads, blocks, head_dim], tail [batch, kv_heads, sink_length + tail_slots, head_dim]; all contiguous.
 struct Side {
   at::Tensor codes;
   OptionalTensor norms;
@@ -27,7 +27,8 @@ struct Side {
 };
 
 // Rotate and store the tokens x [batch, kv_heads, tokens, head_dim] of each side, at positions position...; code the
-// positions coded..coded_end, from the tail and from x; keep the rest in the tail.
+// positions coded..coded_end, from the tail and from x; keep the rest in the tail. The first sink_length tokens of each
+// sequence are kept in the tail's first rows alone: elsewhere they are stored as padding is.
 struct EncodeCall {
   struct Input {
     at::Tensor x;
@@ -38,8 +39,9 @@ struct EncodeCall {
   int64_t coded;
   int64_t coded_end;
   int64_t block_size;
+  int64_t sink_length;
   OptionalTensor starts;
-  bool preserve_norm;
+  Encode encode;
 };
 
 // out = attention of q [batch, heads, q_len, head_dim]; lse its log-sum-exp, if wanted.

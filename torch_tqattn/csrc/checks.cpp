@@ -48,17 +48,18 @@ struct StoreShape {
   SymInt batch;
   SymInt num_kv_heads;
   SymInt slots;
-  SymInt tail_slots;  // 0 without a tail
+  SymInt tail_slots;  // of the tail's ring, after its sink rows; 0 without a tail
+  int64_t sink_length;
 };
 
 // `like` is the tensor whose device counts.
 StoreShape check_side(const char* prefix, const SideArgs& side, int64_t head_dim, int64_t block_size,
-                      const Tensor& like) {
+                      int64_t sink_length, const Tensor& like) {
   const StorageFormat& format = find_format(side.format);
   const std::string name = std::string(prefix) + "_";
   TORCH_CHECK_VALUE(side.codes.dim() == 4, name, "codes must be [batch, kv_heads, slots, row], got shape ",
                     side.codes.sym_sizes());
-  StoreShape shape{side.codes.sym_size(0), side.codes.sym_size(1), side.codes.sym_size(2), 0};
+  StoreShape shape{side.codes.sym_size(0), side.codes.sym_size(1), side.codes.sym_size(2), 0, sink_length};
   check_store_tensor(name + "codes", side.codes, format.is_coded() ? at::kByte : at::kHalf, like);
   const SymInt row = format.is_coded() ? format.row_bytes(head_dim) : head_dim;
   TORCH_CHECK_VALUE(side.codes.sym_size(3) == row, name, "codes must have rows of ", row, " for format ", format.name,
@@ -84,24 +85,29 @@ StoreShape check_side(const char* prefix, const SideArgs& side, int64_t head_dim
     check_shape(name + "means", *side.means, {shape.batch, shape.num_kv_heads, shape.slots / block_size, head_dim},
                 "[batch, kv_heads, slots / block_size, head_dim]");
   }
-  TORCH_CHECK_VALUE(side.tail.has_value() == (block_size > 0), name, "tail must be given exactly when block_size is",
-                    " positive; block_size is ", block_size, " and the tail is ",
-                    side.tail.has_value() ? "given" : "missing");
+  TORCH_CHECK_VALUE(side.tail.has_value() == (block_size > 0 || sink_length > 0), name,
+                    "tail must be given exactly when block_size or sink_length is positive; they are ", block_size,
+                    " and ", sink_length, " and the tail is ", side.tail.has_value() ? "given" : "missing");
   if (side.tail.has_value()) {
     check_store_tensor(name + "tail", *side.tail, at::kHalf, like);
-    TORCH_CHECK_VALUE(side.tail->dim() == 4, name, "tail must be [batch, kv_heads, tail_slots, head_dim], got shape ",
+    TORCH_CHECK_VALUE(side.tail->dim() == 4, name, "tail must be [batch, kv_heads, tail rows, head_dim], got shape ",
                       side.tail->sym_sizes());
-    shape.tail_slots = side.tail->sym_size(2);
-    check_shape(name + "tail", *side.tail, {shape.batch, shape.num_kv_heads, shape.tail_slots, head_dim},
-                "[batch, kv_heads, tail_slots, head_dim]");
+    const SymInt rows = side.tail->sym_size(2);
+    check_shape(name + "tail", *side.tail, {shape.batch, shape.num_kv_heads, rows, head_dim},
+                "[batch, kv_heads, tail rows, head_dim]");
+    TORCH_CHECK_VALUE(rows >= sink_length, name, "tail must have a row for each of sink_length ", sink_length,
+                      " tokens, got ", rows, " rows");
+    shape.tail_slots = rows - sink_length;
   }
   return shape;
 }
 
-StoreShape check_stores(const StoreArgs& stores, int64_t head_dim, int64_t block_size, const Tensor& like) {
+StoreShape check_stores(const StoreArgs& stores, int64_t head_dim, int64_t block_size, int64_t sink_length,
+                        const Tensor& like) {
   TORCH_CHECK_VALUE(block_size >= 0, "block_size must be 0 (no blocks) or positive, got ", block_size);
-  const StoreShape k = check_side("k", stores.k, head_dim, block_size, like);
-  const StoreShape v = check_side("v", stores.v, head_dim, block_size, like);
+  TORCH_CHECK_VALUE(sink_length >= 0, "sink_length must be 0 (none) or positive, got ", sink_length);
+  const StoreShape k = check_side("k", stores.k, head_dim, block_size, sink_length, like);
+  const StoreShape v = check_side("v", stores.v, head_dim, block_size, sink_length, like);
   TORCH_CHECK_VALUE(k.batch == v.batch && k.num_kv_heads == v.num_kv_heads && k.slots == v.slots &&
                         k.tail_slots == v.tail_slots,
                     "k and v stores must have the same batch, heads, slots and tail slots, got [", k.batch, ", ",
@@ -110,7 +116,7 @@ StoreShape check_stores(const StoreArgs& stores, int64_t head_dim, int64_t block
   return k;
 }
 
-// Positions start..length are held, those from coded on in the tail.
+// Positions start..length are held, those from coded on in the tail's ring.
 void check_positions(const StoreShape& shape, const SymInt& start, const SymInt& coded, const SymInt& length,
                      int64_t block_size) {
   TORCH_CHECK_VALUE(0 <= start && start <= length && 0 <= coded && coded <= length && length <= kMaxPosition,
@@ -119,7 +125,7 @@ void check_positions(const StoreShape& shape, const SymInt& start, const SymInt&
   if (block_size > 0) {
     TORCH_CHECK_VALUE(coded % block_size == 0, "coded must be a multiple of block_size ", block_size, ", got ", coded);
     TORCH_CHECK_VALUE(length - coded <= shape.tail_slots, "positions ", coded, " to ", length, " do not fit a tail of ",
-                      shape.tail_slots, " slots");
+                      shape.tail_slots, " slots and ", shape.sink_length, " sink rows");
   } else {
     TORCH_CHECK_VALUE(coded == length, "without blocks every position is coded: coded must be ", length, ", got ",
                       coded);
@@ -133,11 +139,6 @@ void check_per_sequence(const char* name, const OptionalTensor& x, const SymInt&
   TORCH_CHECK_VALUE(x->scalar_type() == at::kInt, name, " must be int32, got ", x->scalar_type());
   check_store_tensor(name, *x, at::kInt, like);
   check_shape(name, *x, {batch}, "[batch]");
-}
-
-void check_encode_name(std::string_view encode) {
-  TORCH_CHECK_VALUE(encode == "fast" || encode == "plain", "unknown encode '", encode,
-                    "'; choose fast (decoded groups keep their norm) or plain (they keep their scale)");
 }
 
 // Kernels take numbers as float32.
@@ -181,8 +182,8 @@ void check_rotate(const Tensor& x) {
 }
 
 void check_encode(const Tensor& k, const Tensor& v, const StoreArgs& stores, const SymInt& position,
-                  const SymInt& coded, const SymInt& coded_end, int64_t block_size, const OptionalTensor& starts,
-                  std::string_view encode) {
+                  const SymInt& coded, const SymInt& coded_end, int64_t block_size, int64_t sink_length,
+                  const OptionalTensor& starts, std::string_view encode) {
   check_input("k", k);
   check_input("v", v);
   TORCH_CHECK_VALUE(k.dim() == 4, "k must be [batch, kv_heads, tokens, head_dim], got shape ", k.sym_sizes());
@@ -191,7 +192,8 @@ void check_encode(const Tensor& k, const Tensor& v, const StoreArgs& stores, con
   TORCH_CHECK_VALUE(k.device() == v.device(), "k is on ", k.device(), " and v on ", v.device(),
                     "; move them to one device");
   check_head_dim("k", k.sym_size(3));
-  const StoreShape shape = check_stores(stores, k.sym_size(3).guard_int(__FILE__, __LINE__), block_size, k);
+  const StoreShape shape =
+      check_stores(stores, k.sym_size(3).guard_int(__FILE__, __LINE__), block_size, sink_length, k);
   TORCH_CHECK_VALUE(k.sym_size(0) == shape.batch && k.sym_size(1) == shape.num_kv_heads, "k must be [", shape.batch,
                     ", ", shape.num_kv_heads, ", tokens, head_dim] like its store, got shape ", k.sym_sizes());
   TORCH_CHECK_VALUE(0 <= position && position <= kMaxPosition, "position must be 0 to 2^31 - 1, got ", position);
@@ -208,7 +210,7 @@ void check_encode(const Tensor& k, const Tensor& v, const StoreArgs& stores, con
                       " slots must be a multiple of block_size ", block_size);
     TORCH_CHECK_VALUE(position - coded <= shape.tail_slots && end - coded_end <= shape.tail_slots, "positions ", coded,
                       " to ", position, " before and ", coded_end, " to ", end, " after must fit a tail of ",
-                      shape.tail_slots, " slots");
+                      shape.tail_slots, " slots and ", shape.sink_length, " sink rows");
   } else {
     TORCH_CHECK_VALUE(coded == position && coded_end == end, "without blocks every position is coded: coded must be ",
                       position, " and coded_end ", end, ", got ", coded, " and ", coded_end);
@@ -216,15 +218,16 @@ void check_encode(const Tensor& k, const Tensor& v, const StoreArgs& stores, con
   TORCH_CHECK_VALUE(coded_end == coded || shape.slots > 0, "the store has no slots for ", coded_end - coded,
                     " positions");
   check_per_sequence("starts", starts, shape.batch, k);
-  check_encode_name(encode);
+  find_encode(encode);
 }
 
 void check_attend(const Tensor& q, const StoreArgs& stores, const SymInt& start, const SymInt& coded,
-                  const SymInt& length, int64_t block_size, const AttendOptions& options) {
+                  const SymInt& length, int64_t block_size, int64_t sink_length, const AttendOptions& options) {
   check_input("q", q);
   TORCH_CHECK_VALUE(q.dim() == 4, "q must be [batch, heads, tokens, head_dim], got shape ", q.sym_sizes());
   check_head_dim("q", q.sym_size(3));
-  const StoreShape shape = check_stores(stores, q.sym_size(3).guard_int(__FILE__, __LINE__), block_size, q);
+  const StoreShape shape =
+      check_stores(stores, q.sym_size(3).guard_int(__FILE__, __LINE__), block_size, sink_length, q);
   TORCH_CHECK_VALUE(q.sym_size(0) == shape.batch, "q has a batch of ", q.sym_size(0), " but the stores have ",
                     shape.batch);
   TORCH_CHECK_VALUE(shape.num_kv_heads > 0 && q.sym_size(1) > 0, "there must be at least one head, got ", q.sym_size(1),
@@ -259,9 +262,9 @@ void check_attend(const Tensor& q, const StoreArgs& stores, const SymInt& start,
 }
 
 void check_decode(const StoreArgs& stores, int64_t head_dim, const SymInt& start, const SymInt& coded,
-                  const SymInt& length, int64_t block_size, const OptionalTensor& starts) {
+                  const SymInt& length, int64_t block_size, int64_t sink_length, const OptionalTensor& starts) {
   check_head_dim("the store", head_dim);
-  const StoreShape shape = check_stores(stores, head_dim, block_size, stores.k.codes);
+  const StoreShape shape = check_stores(stores, head_dim, block_size, sink_length, stores.k.codes);
   check_positions(shape, start, coded, length, block_size);
   check_per_sequence("starts", starts, shape.batch, stores.k.codes);
 }

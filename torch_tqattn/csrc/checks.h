@@ -64,12 +64,12 @@ struct SeedArgs {
 
 void check_rotate(const at::Tensor& x);
 void check_encode(const at::Tensor& k, const at::Tensor& v, const StoreArgs& stores, const c10::SymInt& position,
-                  const c10::SymInt& coded, const c10::SymInt& coded_end, int64_t block_size,
+                  const c10::SymInt& coded, const c10::SymInt& coded_end, int64_t block_size, int64_t sink_length,
                   const OptionalTensor& starts, std::string_view encode);
 void check_attend(const at::Tensor& q, const StoreArgs& stores, const c10::SymInt& start, const c10::SymInt& coded,
-                  const c10::SymInt& length, int64_t block_size, const AttendOptions& options);
+                  const c10::SymInt& length, int64_t block_size, int64_t sink_length, const AttendOptions& options);
 void check_decode(const StoreArgs& stores, int64_t head_dim, const c10::SymInt& start, const c10::SymInt& coded,
-                  const c10::SymInt& length, int64_t block_size, const OptionalTensor& starts);
+                  const c10::SymInt& length, int64_t block_size, int64_t sink_length, const OptionalTensor& starts);
 
 void check_seed_rotate(const char* op, const at::Tensor& x);
 void check_seed_higher_bits(const char* op, int64_t codebook_bits);

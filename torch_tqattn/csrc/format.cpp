@@ -41,6 +41,14 @@ const StorageFormat& find_format(std::string_view name) {
   TORCH_CHECK_VALUE(false, "unknown storage format '", name, "'; choose one of ", choices);
 }
 
+Encode find_encode(std::string_view name) {
+  if (name == "fast") return Encode::kFast;
+  if (name == "best") return Encode::kBest;
+  if (name == "plain") return Encode::kPlain;
+  TORCH_CHECK_VALUE(false, "unknown encode '", name,
+                    "'; choose fast or best (decoded groups keep their norm) or plain (they keep their scale)");
+}
+
 bool is_supported_head_dim(int64_t head_dim) {
   for (int64_t supported : kHeadDims) {
     if (head_dim == supported) return true;

@@ -27,6 +27,12 @@ struct StorageFormat {
 // Raises ValueError naming the choices if there is no such format.
 const StorageFormat& find_format(std::string_view name);
 
+// How an encoder chooses codes and norms: decoded groups keep their length (fast, best) or their scale (plain).
+enum class Encode { kFast, kBest, kPlain };
+
+// Raises ValueError naming the choices if there is none of that name.
+Encode find_encode(std::string_view name);
+
 bool is_supported_head_dim(int64_t head_dim);
 std::string supported_head_dims();
 

@@ -35,12 +35,13 @@ Side make_side(const SideArgs& args) {
 
 // The cache in memory, for any call that reads it.
 TqAttendParams store_params(const Side& k, int64_t head_dim, int64_t start, int64_t coded, int64_t length,
-                            int64_t block_size) {
+                            int64_t block_size, int64_t sink_length) {
   TqAttendParams params{};
   params.num_kv_heads = static_cast<uint32_t>(k.codes.size(1));
   params.head_dim = static_cast<uint32_t>(head_dim);
   params.slots = static_cast<uint32_t>(k.codes.size(2));
-  params.tail_slots = k.tail.has_value() ? static_cast<uint32_t>(k.tail->size(2)) : 0;
+  params.tail_slots = k.tail.has_value() ? static_cast<uint32_t>(k.tail->size(2) - sink_length) : 0;
+  params.sink_length = static_cast<uint32_t>(sink_length);
   params.block_size = static_cast<uint32_t>(block_size);
   params.start = static_cast<uint32_t>(start);
   params.coded = static_cast<uint32_t>(coded);
@@ -56,7 +57,8 @@ Tensor run_rotate(const Tensor& x, bool inverse) {
 }
 
 void run_encode(const Tensor& k, const Tensor& v, const StoreArgs& stores, const SymInt& position, const SymInt& coded,
-                const SymInt& coded_end, int64_t block_size, const OptionalTensor& starts, std::string_view encode) {
+                const SymInt& coded_end, int64_t block_size, int64_t sink_length, const OptionalTensor& starts,
+                std::string_view encode) {
   const Backend* backend = find_backend(k.device().type());
   if (backend == nullptr || k.size(0) == 0 || k.size(1) == 0) return;  // without tokens, blocks may still be coded
   backend->encode({{{k, make_side(stores.k)}, {v, make_side(stores.v)}},
@@ -64,13 +66,14 @@ void run_encode(const Tensor& k, const Tensor& v, const StoreArgs& stores, const
                    concrete(coded),
                    concrete(coded_end),
                    block_size,
+                   sink_length,
                    starts,
-                   encode != "plain"});
+                   find_encode(encode)});
 }
 
 std::tuple<Tensor, Tensor> run_attend(const Tensor& q, const StoreArgs& stores, const SymInt& start,
                                       const SymInt& coded, const SymInt& length, int64_t block_size,
-                                      const AttendOptions& options) {
+                                      int64_t sink_length, const AttendOptions& options) {
   Tensor out = empty(q.sym_sizes(), q, q.scalar_type());
   Tensor lse = empty(q.sym_sizes().slice(0, 3), q, at::kFloat);
   const Backend* backend = find_backend(q.device().type());
@@ -79,7 +82,8 @@ std::tuple<Tensor, Tensor> run_attend(const Tensor& q, const StoreArgs& stores, 
     call.q = q;
     call.k = make_side(stores.k);
     call.v = make_side(stores.v);
-    call.params = store_params(call.k, q.size(3), concrete(start), concrete(coded), concrete(length), block_size);
+    call.params =
+        store_params(call.k, q.size(3), concrete(start), concrete(coded), concrete(length), block_size, sink_length);
     call.params.num_heads = static_cast<uint32_t>(q.size(1));
     call.params.q_len = static_cast<uint32_t>(q.size(2));
     call.params.window = static_cast<uint32_t>(std::min<int64_t>(concrete(options.window), call.params.length));
@@ -114,55 +118,58 @@ Tensor rotate(const Tensor& x, bool inverse) {
 }
 
 void encode_kv_(const Tensor& k, const Tensor& v, TQ_STORE_PARAMS, SymInt position, SymInt coded, SymInt coded_end,
-                int64_t block_size, const OptionalTensor& starts, std::string_view encode) {
+                int64_t block_size, int64_t sink_length, const OptionalTensor& starts, std::string_view encode) {
   const StoreArgs stores = TQ_STORE_ARGS;
-  check_encode(k, v, stores, position, coded, coded_end, block_size, starts, encode);
-  run_encode(k, v, stores, position, coded, coded_end, block_size, starts, encode);
+  check_encode(k, v, stores, position, coded, coded_end, block_size, sink_length, starts, encode);
+  run_encode(k, v, stores, position, coded, coded_end, block_size, sink_length, starts, encode);
 }
 
 std::tuple<Tensor, Tensor> attend(const Tensor& q, TQ_STORE_PARAMS, SymInt start, SymInt coded, SymInt length,
-                                  int64_t block_size, std::optional<double> scale, double softcap, SymInt window,
-                                  const OptionalTensor& sinks, const OptionalTensor& mask, const OptionalTensor& starts,
-                                  const OptionalTensor& lengths, bool causal) {
+                                  int64_t block_size, int64_t sink_length, std::optional<double> scale, double softcap,
+                                  SymInt window, const OptionalTensor& sinks, const OptionalTensor& mask,
+                                  const OptionalTensor& starts, const OptionalTensor& lengths, bool causal) {
   const StoreArgs stores = TQ_STORE_ARGS;
   const AttendOptions options{scale, softcap, window, sinks, mask, starts, lengths, causal};
-  check_attend(q, stores, start, coded, length, block_size, options);
-  return run_attend(q, stores, start, coded, length, block_size, options);
+  check_attend(q, stores, start, coded, length, block_size, sink_length, options);
+  return run_attend(q, stores, start, coded, length, block_size, sink_length, options);
 }
 
 std::tuple<Tensor, Tensor> decode_kv(TQ_STORE_PARAMS, int64_t head_dim, SymInt start, SymInt coded, SymInt length,
-                                     int64_t block_size, const OptionalTensor& starts, bool rotated) {
+                                     int64_t block_size, int64_t sink_length, const OptionalTensor& starts,
+                                     bool rotated) {
   const StoreArgs stores = TQ_STORE_ARGS;
-  check_decode(stores, head_dim, start, coded, length, block_size, starts);
+  check_decode(stores, head_dim, start, coded, length, block_size, sink_length, starts);
   const SymInt sizes[] = {k_codes.sym_size(0), k_codes.sym_size(1), length - start, head_dim};
   Tensor k = empty(sizes, k_codes, at::kFloat);
   Tensor v = empty(sizes, k_codes, at::kFloat);
   const Backend* backend = find_backend(k_codes.device().type());
   if (backend != nullptr && k.numel() > 0) {
     const Side k_side = make_side(stores.k);
-    backend->decode({{k_side, make_side(stores.v)},
-                     {k, v},
-                     store_params(k_side, head_dim, concrete(start), concrete(coded), concrete(length), block_size),
-                     starts,
-                     !rotated});
+    backend->decode(
+        {{k_side, make_side(stores.v)},
+         {k, v},
+         store_params(k_side, head_dim, concrete(start), concrete(coded), concrete(length), block_size, sink_length),
+         starts,
+         !rotated});
   }
   return {k, v};
 }
 
 std::tuple<Tensor, Tensor> decode_step_(const Tensor& q, const Tensor& k, const Tensor& v, TQ_STORE_PARAMS,
                                         SymInt start, SymInt position, SymInt coded, SymInt coded_end,
-                                        int64_t block_size, std::string_view encode, std::optional<double> scale,
-                                        double softcap, SymInt window, const OptionalTensor& sinks,
-                                        const OptionalTensor& mask, const OptionalTensor& starts) {
+                                        int64_t block_size, int64_t sink_length, std::string_view encode,
+                                        std::optional<double> scale, double softcap, SymInt window,
+                                        const OptionalTensor& sinks, const OptionalTensor& mask,
+                                        const OptionalTensor& starts) {
   const StoreArgs stores = TQ_STORE_ARGS;
   const OptionalTensor no_lengths;
   const AttendOptions options{scale, softcap, window, sinks, mask, starts, no_lengths, true};
   const SymInt length = position + k.sym_size(2);
   // Everything is checked before anything is written.
-  check_encode(k, v, stores, position, coded, coded_end, block_size, starts, encode);
-  check_attend(q, stores, start, coded_end, length, block_size, options);
-  run_encode(k, v, stores, position, coded, coded_end, block_size, starts, encode);
-  return run_attend(q, stores, start, coded_end, length, block_size, options);
+  check_encode(k, v, stores, position, coded, coded_end, block_size, sink_length, starts, encode);
+  check_attend(q, stores, start, coded_end, length, block_size, sink_length, options);
+  run_encode(k, v, stores, position, coded, coded_end, block_size, sink_length, starts, encode);
+  return run_attend(q, stores, start, coded_end, length, block_size, sink_length, options);
 }
 
 // Seed-shaped operators: one sequence, [kv_heads, capacity, row] stores, unrounded codebooks.
@@ -196,7 +203,8 @@ void seed_quantize(const char* op, const Tensor& x, const Tensor& packed, const 
   const Tensor tokens = x.dim() == 3 ? x.unsqueeze(0) : x.unsqueeze(1).unsqueeze(0);
   const int64_t position = concrete(write_pos);
   const Side side = seed_side(packed, norms, codebook_bits, seed_norm_factor(x.size(-1), scale_factor_d512));
-  backend->encode({{{tokens, side}}, position, position, position + tokens.size(2), 0, std::nullopt, false});
+  backend->encode(
+      {{{tokens, side}}, position, position, position + tokens.size(2), 0, 0, std::nullopt, Encode::kPlain});
 }
 
 Tensor seed_attention(const SeedArgs& args, bool undo_rotation) {
@@ -214,7 +222,7 @@ Tensor seed_attention(const SeedArgs& args, bool undo_rotation) {
   call.k = seed_side(args.k, args.k_norms, args.codebook_bits, norm_factor);
   call.v = seed_side(args.v, args.v_norms, args.codebook_bits, norm_factor);
   // The oldest position is in slot ring_start: counting positions from there makes slots what they are elsewhere.
-  call.params = store_params(call.k, head_dim, ring_start + hidden, ring_start + length, ring_start + length, 0);
+  call.params = store_params(call.k, head_dim, ring_start + hidden, ring_start + length, ring_start + length, 0, 0);
   call.params.num_heads = static_cast<uint32_t>(args.q.size(0));
   call.params.q_len = 1;
   call.params.splits = static_cast<uint32_t>(nwg);

@@ -21,19 +21,22 @@
 TORCH_LIBRARY(tqattn, m) {
   m.def("rotate(Tensor x, bool inverse=False) -> Tensor");
   m.def("encode_kv_(Tensor k, Tensor v, " TQ_MUTABLE_STORES
-        ", SymInt position, SymInt coded, SymInt coded_end, int block_size=0, Tensor? starts=None, "
+        ", SymInt position, SymInt coded, SymInt coded_end, int block_size=0, int sink_length=0, Tensor? starts=None, "
         "str encode=\"fast\") -> ()");
-  m.def("attend(Tensor q, " TQ_STORES
-        ", SymInt start, SymInt coded, SymInt length, int block_size=0, float? scale=None, float softcap=0.0, "
-        "SymInt window=0, Tensor? sinks=None, Tensor? mask=None, Tensor? starts=None, Tensor? lengths=None, "
-        "bool causal=True) -> (Tensor, Tensor)");
-  m.def("decode_kv(" TQ_STORES
-        ", int head_dim, SymInt start, SymInt coded, SymInt length, int block_size=0, Tensor? starts=None, "
-        "bool rotated=False) -> (Tensor, Tensor)");
-  m.def("decode_step_(Tensor q, Tensor k, Tensor v, " TQ_MUTABLE_STORES
-        ", SymInt start, SymInt position, SymInt coded, SymInt coded_end, int block_size=0, str encode=\"fast\", "
-        "float? scale=None, float softcap=0.0, SymInt window=0, Tensor? sinks=None, Tensor? mask=None, "
-        "Tensor? starts=None) -> (Tensor, Tensor)");
+  m.def(
+      "attend(Tensor q, " TQ_STORES
+      ", SymInt start, SymInt coded, SymInt length, int block_size=0, int sink_length=0, float? scale=None, float softcap=0.0, "
+      "SymInt window=0, Tensor? sinks=None, Tensor? mask=None, Tensor? starts=None, Tensor? lengths=None, "
+      "bool causal=True) -> (Tensor, Tensor)");
+  m.def(
+      "decode_kv(" TQ_STORES
+      ", int head_dim, SymInt start, SymInt coded, SymInt length, int block_size=0, int sink_length=0, Tensor? starts=None, "
+      "bool rotated=False) -> (Tensor, Tensor)");
+  m.def(
+      "decode_step_(Tensor q, Tensor k, Tensor v, " TQ_MUTABLE_STORES
+      ", SymInt start, SymInt position, SymInt coded, SymInt coded_end, int block_size=0, int sink_length=0, str encode=\"fast\", "
+      "float? scale=None, float softcap=0.0, SymInt window=0, Tensor? sinks=None, Tensor? mask=None, "
+      "Tensor? starts=None) -> (Tensor, Tensor)");
 
   // Seed-shaped: the arguments, checks and policies of the kernels that the package started from.
   m.def("fwht_sign_premult(Tensor x) -> Tensor");

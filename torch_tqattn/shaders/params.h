@@ -5,23 +5,26 @@
 #include <cstdint>
 #endif
 
-// Positions are absolute: position p lives in slot p % slots of the coded store, or p % tail_slots of the dense tail.
+// Positions are absolute: position p lives in slot p % slots of the coded store, or in the dense tail. The tail's first
+// sink_length rows hold each sequence's first tokens for good: a sequence that starts at position s, after its padding,
+// has p in row p - s. After them comes a ring for the newest tokens, where p is in row sink_length + p % tail_slots.
 struct TqAttendParams {
   uint32_t num_heads;
   uint32_t num_kv_heads;
   uint32_t q_len;
   uint32_t head_dim;
-  uint32_t slots;       // rows of the coded store
-  uint32_t tail_slots;  // rows of the dense tail; 0 without one
-  uint32_t block_size;  // positions that share a mean; 0 without blocks
-  uint32_t start;       // first position that may be seen
-  uint32_t coded;       // first position that is in the dense tail
-  uint32_t length;      // positions seen so far: one past the newest
-  uint32_t window;      // a query sees this many positions, its own included; 0 for all
-  uint32_t causal;      // 1: query i is at position length - q_len + i and sees nothing newer
-  uint32_t mask_batch;  // batch entries in the mask: 0 without a mask, 1, or all
-  uint32_t mask_rows;   // query rows in the mask: 1 or q_len
-  uint32_t splits;      // parts that the positions are cut into; their results are merged
+  uint32_t slots;        // rows of the coded store
+  uint32_t tail_slots;   // rows of the dense tail's ring; unused without blocks
+  uint32_t sink_length;  // rows of the dense tail before its ring
+  uint32_t block_size;   // positions that share a mean; 0 without blocks
+  uint32_t start;        // first position that may be seen
+  uint32_t coded;        // first position that is in the dense tail's ring
+  uint32_t length;       // positions seen so far: one past the newest
+  uint32_t window;       // a query sees this many positions, its own included; 0 for all
+  uint32_t causal;       // 1: query i is at position length - q_len + i and sees nothing newer
+  uint32_t mask_batch;   // batch entries in the mask: 0 without a mask, 1, or all
+  uint32_t mask_rows;    // query rows in the mask: 1 or q_len
+  uint32_t splits;       // parts that the positions are cut into; their results are merged
   float scale;
   float softcap;  // 0: none
 };

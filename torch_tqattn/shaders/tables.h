@@ -28,6 +28,11 @@
   X("tq5-byte", 5, 8, 0) \
   X("tq6-byte", 6, 8, 0)
 
+// Of the scale, for Encode::kBest, in the order in which they are tried.
+TQ_TABLE float kScaleMultipliers[9] = {
+    1.0f, 0.949999988f, 1.04999995f, 0.899999976f, 1.10000002f, 0.850000024f, 1.14999998f, 0.800000012f, 1.20000005f,
+};
+
 // Bit j % 32 of word j / 32 set: coordinate j is negated.
 TQ_TABLE uint32_t kSignWords[16] = {
     0x89025CC1u, 0x658EEC67u, 0xFB32555Eu, 0xEE42C90Bu, 0xD101B5B9u, 0x90150280u, 0xD7363CA5u, 0x12278575u,

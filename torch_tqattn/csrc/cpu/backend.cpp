@@ -37,8 +37,12 @@ namespace {
 
 using at::Tensor;
 
+int64_t first_position(const OptionalTensor& starts, int64_t batch) {
+  return starts.has_value() ? std::max(starts->const_data_ptr<int32_t>()[batch], 0) : 0;
+}
+
 // Head `head` (batch * kv_heads + kv_head) of a side.
-HeadStore head_store(const Side& side, int64_t head) {
+HeadStore head_store(const Side& side, int64_t head, const OptionalTensor& starts) {
   const int64_t slots = side.codes.size(2), row = side.codes.size(3);
   const int64_t row_bytes = row * side.codes.element_size();
   const auto half = [head](const OptionalTensor& x) {
@@ -51,6 +55,7 @@ HeadStore head_store(const Side& side, int64_t head) {
                                        : nullptr;
   store.means = half(side.means);
   store.tail = half(side.tail);
+  store.first = first_position(starts, head / side.codes.size(1));
   store.format = side.format;
   store.codebook = side.codebook;
   store.row_bytes = row_bytes;
@@ -58,15 +63,11 @@ HeadStore head_store(const Side& side, int64_t head) {
   return store;
 }
 
-int64_t first_position(const OptionalTensor& starts, int64_t batch) {
-  return starts.has_value() ? std::max(starts->const_data_ptr<int32_t>()[batch], 0) : 0;
-}
-
-// Codes one block of `size` rotated rows, of which those from `first_valid` on are tokens, the others padding.
+// Codes one block of `size` rotated rows, of which those from `first_valid` on count; the others are padding or sinks.
 void encode_block(const Kernels& run, float* rows, int64_t size, int64_t head_dim, int64_t first_valid,
-                  const HeadStore& store, int64_t slot, bool preserve_norm) {
+                  const HeadStore& store, int64_t slot, Encode encode) {
   if (store.means != nullptr) {
-    // Padding and tokens with a NaN or an infinity would spoil the mean for all others.
+    // Tokens with a NaN or an infinity would spoil the mean for all others.
     std::vector<float> mean(head_dim, 0.0f);
     int64_t counted = 0;
     for (int64_t r = first_valid; r < size; ++r) {
@@ -85,40 +86,45 @@ void encode_block(const Kernels& run, float* rows, int64_t size, int64_t head_di
     }
   }
   std::fill(rows, rows + first_valid * head_dim, 0.0f);
-  for (int64_t r = 0; r < size; ++r) run.encode_row(rows + r * head_dim, head_dim, store, slot + r, preserve_norm);
+  for (int64_t r = 0; r < size; ++r) run.encode_row(rows + r * head_dim, head_dim, store, slot + r, encode);
 }
 
 // Stores the tokens x [tokens, head_dim] of one head.
 void encode_head(const Kernels& run, const EncodeCall& call, const Side& side, const float* x, int64_t head,
-                 int64_t tokens, int64_t head_dim, int64_t first) {
-  const HeadStore store = head_store(side, head);
+                 int64_t tokens, int64_t head_dim) {
+  const HeadStore store = head_store(side, head, call.starts);
   const int64_t slots = side.codes.size(2);
-  const int64_t tail_slots = side.tail.has_value() ? side.tail->size(2) : 0;
+  const int64_t tail_slots = side.tail.has_value() ? side.tail->size(2) - call.sink_length : 0;
   const int64_t end = call.position + tokens;
+  const int64_t sinks_end = store.first + call.sink_length;
   const int64_t size = std::max<int64_t>(call.block_size, 1);
   std::vector<float> rows(size * head_dim);
   // The rotated row of any position that is at hand: in dense form rounded as the tail holds it.
   const auto fetch = [&](int64_t position, float* row) {
     if (position < call.position) {
-      const at::Half* waiting = store.tail + position % tail_slots * head_dim;
+      const at::Half* waiting = store.tail + (call.sink_length + position % tail_slots) * head_dim;
       for (int64_t i = 0; i < head_dim; ++i) row[i] = static_cast<float>(waiting[i]);
       return;
     }
     run.rotate(x + (position - call.position) * head_dim, row, 1, head_dim, false, 1.0f);
-    if (tail_slots == 0) return;
+    if (call.block_size == 0) return;
     for (int64_t i = 0; i < head_dim; ++i) row[i] = static_cast<float>(at::Half(saturate_to_half(row[i])));
   };
   // Blocks that this very call would overwrite are not coded at all.
   for (int64_t begin = std::max(call.coded, call.coded_end - slots); begin < call.coded_end; begin += size) {
     for (int64_t r = 0; r < size; ++r) fetch(begin + r, rows.data() + r * head_dim);
-    const int64_t padding = std::clamp<int64_t>(first - begin, 0, size);
-    encode_block(run, rows.data(), size, head_dim, padding, store, begin % slots, call.preserve_norm);
+    const int64_t first_valid = std::clamp<int64_t>(sinks_end - begin, 0, size);
+    encode_block(run, rows.data(), size, head_dim, first_valid, store, begin % slots, call.encode);
   }
-  if (tail_slots == 0) return;
+  for (int64_t position = std::max(store.first, call.position); position < std::min(sinks_end, end); ++position) {
+    fetch(position, rows.data());
+    at::Half* sink = store.tail + (position - store.first) * head_dim;
+    for (int64_t i = 0; i < head_dim; ++i) sink[i] = at::Half(saturate_to_half(rows[i]));
+  }
   for (int64_t position = std::max(call.coded_end, call.position); position < end; ++position) {
     fetch(position, rows.data());
-    at::Half* waiting = store.tail + position % tail_slots * head_dim;
-    for (int64_t i = 0; i < head_dim; ++i) waiting[i] = at::Half(position < first ? 0.0f : rows[i]);
+    at::Half* waiting = store.tail + (call.sink_length + position % tail_slots) * head_dim;
+    for (int64_t i = 0; i < head_dim; ++i) waiting[i] = at::Half(position < sinks_end ? 0.0f : rows[i]);
   }
 }
 
@@ -184,8 +190,7 @@ class CpuBackend final : public Backend {
   void encode(const EncodeCall& call) const override {
     const Kernels& run = kernels();
     const int64_t heads = call.inputs[0].x.size(0) * call.inputs[0].x.size(1);
-    const int64_t kv_heads = call.inputs[0].x.size(1), tokens = call.inputs[0].x.size(2);
-    const int64_t head_dim = call.inputs[0].x.size(3);
+    const int64_t tokens = call.inputs[0].x.size(2), head_dim = call.inputs[0].x.size(3);
     std::vector<Tensor> inputs;
     for (const EncodeCall::Input& input : call.inputs) inputs.push_back(input.x.to(at::kFloat).contiguous());
     const int64_t grain = std::max<int64_t>(1, 64 / std::max<int64_t>(tokens, 1));
@@ -193,8 +198,7 @@ class CpuBackend final : public Backend {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t which = task / heads, head = task % heads;
         const float* x = inputs[which].const_data_ptr<float>() + head * tokens * head_dim;
-        encode_head(run, call, call.inputs[which].side, x, head, tokens, head_dim,
-                    first_position(call.starts, head / kv_heads));
+        encode_head(run, call, call.inputs[which].side, x, head, tokens, head_dim);
       }
     });
   }
@@ -252,9 +256,9 @@ class CpuBackend final : public Backend {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t which = task / heads, head = task % heads;
         float* out = call.outs[which].mutable_data_ptr<float>() + head * positions * head_dim;
-        run.decode(head_store(call.sides[which], head), params, params.start, params.length, out);
-        const int64_t padding =
-            std::clamp<int64_t>(first_position(call.starts, head / params.num_kv_heads) - params.start, 0, positions);
+        const HeadStore store = head_store(call.sides[which], head, call.starts);
+        run.decode(store, params, params.start, params.length, out);
+        const int64_t padding = std::clamp<int64_t>(store.first - params.start, 0, positions);
         std::fill(out, out + padding * head_dim, 0.0f);
         if (call.undo_rotation) run.rotate(out, out, positions, head_dim, true, 1.0f);
       }
@@ -283,8 +287,8 @@ class CpuBackend final : public Backend {
     const bool* row_mask[kMaxTaskRows];
     AttendTask task{};
     task.params = &params;
-    task.k = head_store(call.k, head);
-    task.v = head_store(call.v, head);
+    task.k = head_store(call.k, head, call.starts);
+    task.v = head_store(call.v, head, call.starts);
     task.q = queries + (head * all_rows + first_row) * head_dim;
     task.rows = std::min(kMaxTaskRows, all_rows - first_row);
     int64_t begin = params.length, end = 0;

@@ -151,7 +151,37 @@ float root_mean_square(const float* x, int64_t count) {
   return peak * std::sqrt(sum / count);
 }
 
-void encode_row(const float* row, int64_t head_dim, const HeadStore& store, int64_t slot, bool preserve_norm) {
+// The multiplier of the scale with which the codes of x make the smallest angle with x; of equal ones the first.
+float best_multiplier(const float* x, int64_t size, const Codebook& codebook) {
+  float best = 1.0f, least = INFINITY;
+  for (const float multiplier : kScaleMultipliers) {
+    alignas(64) float levels[TQ_NORM_GROUP];  // over the codebook's scale, so that the sums of their steps are exact
+    for (int64_t i = 0; i < size; ++i) levels[i] = codebook.integers[0];
+    for (int t = 0; t < (1 << codebook.bits) - 1; ++t) {
+      const float threshold = codebook.thresholds[t] * multiplier;
+      const float step = codebook.integers[t + 1] - codebook.integers[t];
+      for (int64_t i = 0; i < size; ++i) levels[i] += x[i] > threshold ? step : 0.0f;
+    }
+    // The squared length of x's part at right angles to its codes: that of what quantising at this scale left over,
+    // less what another scale would still take off it. From x itself, float32 would lose the difference at 8 bits.
+    FloatVec left = {}, along = {}, length = {};
+    for (int64_t i = 0; i < size; i += kWidth) {
+      const FloatVec level = load(levels + i) * codebook.scale;
+      const FloatVec rest = load(x + i) - level * multiplier;
+      left += rest * rest;
+      along += rest * level;
+      length += level * level;
+    }
+    const float error = sum_lanes(left) - sum_lanes(along) * sum_lanes(along) / sum_lanes(length);
+    if (error < least) {
+      best = multiplier;
+      least = error;
+    }
+  }
+  return best;
+}
+
+void encode_row(const float* row, int64_t head_dim, const HeadStore& store, int64_t slot, Encode encode) {
   if (store.codebook == nullptr) {
     c10::Half* dense = reinterpret_cast<c10::Half*>(store.codes) + slot * head_dim;
     for (int64_t i = 0; i < head_dim; ++i) dense[i] = c10::Half(saturate_to_half(row[i]));
@@ -168,12 +198,13 @@ void encode_row(const float* row, int64_t head_dim, const HeadStore& store, int6
     alignas(64) float normalised[TQ_NORM_GROUP];
     alignas(64) int32_t index[TQ_NORM_GROUP] = {};
     for (int64_t i = 0; i < size; ++i) normalised[i] = is_number ? x[i] / rms : 0.0f;
+    const float multiplier = is_number && encode == Encode::kBest ? best_multiplier(normalised, size, codebook) : 1.0f;
     for (int t = 0; t < (1 << codebook.bits) - 1; ++t) {
-      const float threshold = codebook.thresholds[t];
+      const float threshold = codebook.thresholds[t] * multiplier;
       for (int64_t i = 0; i < size; ++i) index[i] += normalised[i] > threshold;
     }
     float norm = rms;
-    if (is_number && preserve_norm) {
+    if (is_number && encode != Encode::kPlain) {
       float sum = 0;
       for (int64_t i = 0; i < size; ++i) sum += codebook.levels[index[i]] * codebook.levels[index[i]];
       norm = rms / std::sqrt(sum / size);
@@ -233,8 +264,14 @@ class RowDecoder {
 
   void operator()(int64_t position, float* out) {
     const int64_t head_dim = params_.head_dim;
-    if (position >= params_.coded && store_.tail != nullptr) {
-      half_row(store_.tail + position % params_.tail_slots * head_dim, nullptr, head_dim, out);
+    const int64_t sink = position - store_.first;
+    if (0 <= sink && sink < params_.sink_length) {
+      half_row(store_.tail + sink * head_dim, nullptr, head_dim, out);
+      return;
+    }
+    if (position >= params_.coded && params_.block_size > 0) {
+      const int64_t waiting = params_.sink_length + position % params_.tail_slots;
+      half_row(store_.tail + waiting * head_dim, nullptr, head_dim, out);
       return;
     }
     const int64_t slot = position % params_.slots;

@@ -16,6 +16,7 @@ struct HeadStore {
   float* norms;
   c10::Half* means;  // null without block means
   c10::Half* tail;   // null without a dense tail
+  int64_t first;     // position of its first token: what is before is padding
   const StorageFormat* format;
   const Codebook* codebook;  // null for f16
   int64_t row_bytes;
@@ -47,7 +48,7 @@ struct Kernels {
   // [rows, head_dim] to [rows, head_dim], times `scale`; in and out may be the same.
   void (*rotate)(const float* in, float* out, int64_t rows, int64_t head_dim, bool inverse, float scale);
   // Rotated rows of one token each to codes and norms; norms are what codes are multiplied with, over norm_factor.
-  void (*encode_row)(const float* row, int64_t head_dim, const HeadStore& store, int64_t slot, bool preserve_norm);
+  void (*encode_row)(const float* row, int64_t head_dim, const HeadStore& store, int64_t slot, Encode encode);
   // Positions begin..end, rotated, to out [end - begin, head_dim].
   void (*decode)(const HeadStore& store, const TqAttendParams& params, int64_t begin, int64_t end, float* out);
   void (*attend)(const AttendTask& task);
