@@ -1,7 +1,8 @@
-// Attention walks the positions in tiles. A tile's keys (then values) are decoded once into a small dense buffer, with
-// their norms and block means, and every query that shares the KV head uses it: plain dense attention on a tile that
-// stays in the first-level cache.
-// Part of kernels_impl.h: compiled once for each instruction set.
+// Attention walks the positions in tiles, each within one block. A tile's keys (then values) are decoded once into a
+// small dense buffer, and every query that shares the KV head uses it: plain dense attention on a tile that stays in
+// the first-level cache. Norms are left to the logits and the weights, which are far fewer than the numbers; and so are
+// the block's means: q . mean is one more number for each query, and the tile's total weight is the value mean's. Part
+// of kernels_impl.h: compiled once for each instruction set.
 
 constexpr int kMaxTile = 64;
 constexpr int kTileFloats = 8192;  // 32 KiB: positions a tile times head_dim
@@ -88,8 +89,9 @@ void for_row_groups(int64_t rows, Function function) {
   if (rows - r == 1) function(r, std::integral_constant<int, 1>());
 }
 
-// Logits of one row to weights; updates the row's sum and maximum and rescales what it has gathered so far.
-void softmax_row(float* logits, int64_t padded, float* sums, float* out, int64_t head_dim) {
+// Logits of one row to weights; updates the row's sum and maximum and rescales what it has gathered so far. Returns the
+// sum of these weights.
+float softmax_row(float* logits, int64_t padded, float* sums, float* out, int64_t head_dim) {
   FloatVec largest = broadcast(-INFINITY);
   for (int64_t j = 0; j < padded; j += kWidth) largest = max(load(logits + j), largest);
   const float old_max = sums[1];
@@ -103,11 +105,19 @@ void softmax_row(float* logits, int64_t padded, float* sums, float* out, int64_t
     total += weight;
   }
   const float decay = old_max == new_max ? 1.0f : std::exp(old_max - shift);
-  sums[0] = sums[0] * decay + sum_lanes(total);
+  const float added = sum_lanes(total);
+  sums[0] = sums[0] * decay + added;
   sums[1] = new_max;
   if (decay != 1.0f) {
     for (int64_t i = 0; i < head_dim; i += kWidth) store(out + i, load(out + i) * decay);
   }
+  return added;
+}
+
+float dot(const float* a, const float* b, int64_t head_dim) {
+  FloatVec sum = {};
+  for (int64_t i = 0; i < head_dim; i += kWidth) sum += load(a + i) * load(b + i);
+  return sum_lanes(sum);
 }
 
 // -inf where a row may not see a position of the tile. Returns a bit for each position that some row sees.
@@ -147,36 +157,56 @@ void attend(const AttendTask& task) {
     common_begin = task.row_begin[r] > common_begin ? task.row_begin[r] : common_begin;
     common_end = task.row_end[r] < common_end ? task.row_end[r] : common_end;
   }
-  RowDecoder decode_key(task.k, params);
-  RowDecoder decode_value(task.v, params);
-  for (int64_t begin = task.begin; begin < task.end; begin += tile) {
-    const int64_t count = task.end - begin < tile ? task.end - begin : tile;
+  RowDecoder keys(task.k, params), values(task.v, params);
+  float mean_logits[kMaxTaskRows];  // of the run that ends at run_end
+  int64_t end = task.begin, run_end = task.begin;
+  for (int64_t begin = task.begin; begin < task.end; begin = end) {
+    const Run run = keys.run(begin, task.end);
+    end = run.end - begin < tile ? run.end : begin + tile;
+    const int64_t count = end - begin;
     const int64_t padded = (count + 15) / 16 * 16;
-    for (int64_t j = 0; j < count; ++j) decode_key(begin + j, dense + j * head_dim);
+    alignas(64) float factors[kMaxTile];
+    for (int64_t j = 0; j < count; ++j) factors[j] = keys.numbers(run.place, begin + j, dense + j * head_dim);
     std::memset(dense + count * head_dim, 0, (padded - count) * head_dim * sizeof(float));
+    std::memset(factors + count, 0, (padded - count) * sizeof(float));
     for_row_groups(task.rows, [&](int64_t r, auto group) {
       score_rows<decltype(group)::value>(task.q + r * head_dim, dense, padded, head_dim, logits + r * kMaxTile);
     });
-    if (params.softcap > 0) {
+    if (begin >= run_end) {
+      const float* mean = keys.mean(run.place, begin);
       for (int64_t r = 0; r < task.rows; ++r) {
-        float* row = logits + r * kMaxTile;
+        mean_logits[r] = mean != nullptr ? dot(task.q + r * head_dim, mean, head_dim) : 0.0f;
+      }
+      run_end = run.end;
+    }
+    for (int64_t r = 0; r < task.rows; ++r) {
+      float* row = logits + r * kMaxTile;
+      const FloatVec of_mean = broadcast(mean_logits[r]);
+      for (int64_t j = 0; j < padded; j += kWidth) store(row + j, load(row + j) * load(factors + j) + of_mean);
+      if (params.softcap > 0) {
         for (int64_t j = 0; j < count; ++j) row[j] = params.softcap * std::tanh(row[j] / params.softcap);
       }
     }
     uint64_t seen = ~uint64_t{0};
-    const bool is_common = begin >= common_begin && begin + padded <= common_end;
+    const bool is_common = begin >= common_begin && end <= common_end && count == padded;
     if (!is_common) seen = hide_positions(task, begin, count, padded, logits);
     if (seen == 0) continue;
-    for (int64_t r = 0; r < task.rows; ++r) {
-      softmax_row(logits + r * kMaxTile, padded, task.sums + r * task.sums_stride, task.out + r * task.out_stride,
-                  head_dim);
-    }
     for (int64_t j = 0; j < count; ++j) {
       if ((seen >> j) & 1) {
-        decode_value(begin + j, dense + j * head_dim);
+        factors[j] = values.numbers(run.place, begin + j, dense + j * head_dim);
       } else {  // a weight of zero times whatever lies there may be NaN
         std::memset(dense + j * head_dim, 0, head_dim * sizeof(float));
+        factors[j] = 0.0f;
       }
+    }
+    const float* value_mean = values.mean(run.place, begin);
+    for (int64_t r = 0; r < task.rows; ++r) {
+      float* row = logits + r * kMaxTile;
+      float* out = task.out + r * task.out_stride;
+      const FloatVec total = broadcast(softmax_row(row, padded, task.sums + r * task.sums_stride, out, head_dim));
+      for (int64_t j = 0; j < padded; j += kWidth) store(row + j, load(row + j) * load(factors + j));
+      if (value_mean == nullptr) continue;
+      for (int64_t i = 0; i < head_dim; i += kWidth) store(out + i, load(out + i) + total * load(value_mean + i));
     }
     for_row_groups(task.rows, [&](int64_t r, auto group) {
       add_values<decltype(group)::value>(logits + r * kMaxTile, dense, count, head_dim, task.out + r * task.out_stride,

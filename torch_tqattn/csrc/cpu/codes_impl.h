@@ -217,41 +217,50 @@ void encode_row(const float* row, int64_t head_dim, const HeadStore& store, int6
 
 // Decoding
 
-void half_row(const c10::Half* row, const float* mean, int64_t head_dim, float* out) {
-  for (int64_t i = 0; i < head_dim; i += kWidth) {
-    const FloatVec x = load_half(row + i);
-    store(out + i, mean ? x + load(mean + i) : x);
-  }
+void half_row(const c10::Half* row, int64_t head_dim, float* out) {
+  for (int64_t i = 0; i < head_dim; i += kWidth) store(out + i, load_half(row + i));
 }
 
+// A row's numbers as the codebook gives them, and the factor that they still want. Where two norm groups share a row
+// there is no such factor: the numbers have their norms already.
 template <int kBits>
-void coded_row(const LevelTable& table, const uint8_t* codes, const float* norms, float norm_factor, const float* mean,
-               int64_t head_dim, float* out) {
-  const int64_t size = head_dim < TQ_NORM_GROUP ? head_dim : TQ_NORM_GROUP;
-  for (int64_t begin = 0; begin < head_dim; begin += size) {
-    const float norm = norms[begin / size] * norm_factor;
+float coded_row(const LevelTable& table, const uint8_t* codes, const float* norms, float norm_factor, int64_t head_dim,
+                float* out) {
 #if defined(TQ_ISA_AVX512)
-    if (kBits == 8 && table.codebook->integers != nullptr && size % 32 == 0) {
-      const FloatVec factor = broadcast(norm * table.codebook->scale);
-      for (int64_t i = begin; i < begin + size; i += 32) {
-        const __m512i integers = look_up_integers(table.codebook->integers, codes + i);
-        const FloatVec a = (FloatVec)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(integers)));
-        const FloatVec b = (FloatVec)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(integers, 1)));
-        store(out + i, mean ? a * factor + load(mean + i) : a * factor);
-        store(out + i + 16, mean ? b * factor + load(mean + i + 16) : b * factor);
-      }
-      continue;
+  if (kBits == 8 && table.codebook->integers != nullptr && head_dim <= TQ_NORM_GROUP && head_dim % 32 == 0) {
+    for (int64_t i = 0; i < head_dim; i += 32) {
+      const __m512i integers = look_up_integers(table.codebook->integers, codes + i);
+      const __m512i low = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(integers));
+      const __m512i high = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(integers, 1));
+      store(out + i, (FloatVec)_mm512_cvtepi32_ps(low));
+      store(out + i + 16, (FloatVec)_mm512_cvtepi32_ps(high));
     }
+    return norms[0] * norm_factor * table.codebook->scale;
+  }
 #endif
-    const FloatVec factor = broadcast(norm);
-    for (int64_t i = begin; i < begin + size; i += kWidth) {
-      const FloatVec x = look_up(table, codes + i, kBits);
-      store(out + i, mean ? x * factor + load(mean + i) : x * factor);
+  if (head_dim <= TQ_NORM_GROUP) {
+    for (int64_t i = 0; i < head_dim; i += kWidth) store(out + i, look_up(table, codes + i, kBits));
+    return norms[0] * norm_factor;
+  }
+  for (int64_t begin = 0; begin < head_dim; begin += TQ_NORM_GROUP) {
+    const FloatVec factor = broadcast(norms[begin / TQ_NORM_GROUP] * norm_factor);
+    for (int64_t i = begin; i < begin + TQ_NORM_GROUP; i += kWidth) {
+      store(out + i, look_up(table, codes + i, kBits) * factor);
     }
   }
+  return 1.0f;
 }
 
-// Decodes positions of one head; keeps the float32 mean of the block it is in.
+// Where neighbouring positions of a cache are kept.
+enum class Place { kSink, kCoded, kTail };
+
+// A run of positions that are kept alike, around the same mean.
+struct Run {
+  Place place;
+  int64_t end;
+};
+
+// Reads the positions of one head.
 class RowDecoder {
  public:
   RowDecoder(const HeadStore& store, const TqAttendParams& params) : store_(store), params_(params) {
@@ -262,23 +271,43 @@ class RowDecoder {
     }
   }
 
-  void operator()(int64_t position, float* out) {
-    const int64_t head_dim = params_.head_dim;
-    const int64_t sink = position - store_.first;
-    if (0 <= sink && sink < params_.sink_length) {
-      half_row(store_.tail + sink * head_dim, nullptr, head_dim, out);
-      return;
+  // The run from `position` on, up to `end`.
+  Run run(int64_t position, int64_t end) const {
+    const int64_t sinks_end = store_.first + params_.sink_length;
+    if (position >= store_.first && position < sinks_end) return {Place::kSink, smaller(end, sinks_end)};
+    if (position < store_.first) end = smaller(end, store_.first);
+    if (params_.block_size == 0) return {Place::kCoded, end};
+    if (position >= params_.coded) return {Place::kTail, end};
+    return {Place::kCoded, smaller(end, (position / params_.block_size + 1) * params_.block_size)};
+  }
+
+  // The mean that a coded position's numbers are around, float32 [head_dim]; null if there is none.
+  const float* mean(Place place, int64_t position) {
+    if (place != Place::kCoded || store_.means == nullptr) return nullptr;
+    const int64_t block = position % params_.slots / params_.block_size;
+    if (block != block_) {
+      const c10::Half* row = store_.means + block * params_.head_dim;
+      half_row(row, params_.head_dim, mean_);
+      // The next one comes too late for the processor to see a pattern.
+      for (int64_t i = 0; i < params_.head_dim; i += 32) __builtin_prefetch(row + params_.head_dim + i);
+      block_ = block;
     }
-    if (position >= params_.coded && params_.block_size > 0) {
-      const int64_t waiting = params_.sink_length + position % params_.tail_slots;
-      half_row(store_.tail + waiting * head_dim, nullptr, head_dim, out);
-      return;
+    return mean_;
+  }
+
+  // The numbers of a position, less its mean; returns the factor that they still want.
+  float numbers(Place place, int64_t position, float* out) const {
+    const int64_t head_dim = params_.head_dim;
+    if (place != Place::kCoded) {
+      const int64_t row =
+          place == Place::kSink ? position - store_.first : params_.sink_length + position % params_.tail_slots;
+      half_row(store_.tail + row * head_dim, head_dim, out);
+      return 1.0f;
     }
     const int64_t slot = position % params_.slots;
-    const float* mean = block_mean(slot);
     if (store_.codebook == nullptr) {
-      half_row(reinterpret_cast<const c10::Half*>(store_.codes) + slot * head_dim, mean, head_dim, out);
-      return;
+      half_row(reinterpret_cast<const c10::Half*>(store_.codes) + slot * head_dim, head_dim, out);
+      return 1.0f;
     }
     __builtin_prefetch(store_.codes + slot * store_.row_bytes + kPrefetchBytes);
     alignas(64) uint8_t buffer[TQ_MAX_HEAD_DIM];
@@ -288,7 +317,7 @@ class RowDecoder {
     switch (store_.codebook->bits) {
 #define CASE(bits) \
   case bits:       \
-    return coded_row<bits>(table_, codes, norms, store_.norm_factor, mean, head_dim, out);
+    return coded_row<bits>(table_, codes, norms, store_.norm_factor, head_dim, out);
       CASE(2)
       CASE(3)
       CASE(4)
@@ -297,18 +326,11 @@ class RowDecoder {
       CASE(8)
 #undef CASE
     }
+    return 0.0f;  // no codebook has another number of bits
   }
 
  private:
-  const float* block_mean(int64_t slot) {
-    if (store_.means == nullptr) return nullptr;
-    const int64_t block = slot / params_.block_size;
-    if (block != block_) {
-      half_row(store_.means + block * params_.head_dim, nullptr, params_.head_dim, mean_);
-      block_ = block;
-    }
-    return mean_;
-  }
+  static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
   const HeadStore& store_;
   const TqAttendParams& params_;
@@ -318,8 +340,14 @@ class RowDecoder {
 };
 
 void decode(const HeadStore& store, const TqAttendParams& params, int64_t begin, int64_t end, float* out) {
-  RowDecoder decode_row(store, params);
-  for (int64_t position = begin; position < end; ++position) {
-    decode_row(position, out + (position - begin) * params.head_dim);
+  const int64_t head_dim = params.head_dim;
+  RowDecoder decoder(store, params);
+  for (int64_t position = begin; position < end;) {
+    const Run run = decoder.run(position, end);
+    const float* mean = decoder.mean(run.place, position);
+    for (; position < run.end; ++position, out += head_dim) {
+      const float factor = decoder.numbers(run.place, position, out);
+      for (int64_t i = 0; i < head_dim; ++i) out[i] = out[i] * factor + (mean != nullptr ? mean[i] : 0.0f);
+    }
   }
 }

@@ -69,6 +69,9 @@ TQ_INLINE FloatVec exp_negative(FloatVec x) {
 }
 
 TQ_INLINE float sum_lanes(FloatVec v) {
+#if defined(TQ_ISA_AVX512)
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   float lanes[kWidth];
   store(lanes, v);
   float total = 0;
@@ -77,6 +80,9 @@ TQ_INLINE float sum_lanes(FloatVec v) {
 }
 
 TQ_INLINE float max_lanes(FloatVec v) {
+#if defined(TQ_ISA_AVX512)
+  return _mm512_reduce_max_ps((__m512)v);
+#endif
   float lanes[kWidth];
   store(lanes, v);
   float largest = lanes[0];
