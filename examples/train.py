@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from byte_model import ByteModel, ByteModelConfig
-from recall import recall_accuracy, recall_document
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
+
+from torch_tqattn.fidelity.recall import recall_accuracy, recall_document
 
 
 def read_text(path: Path) -> bytes:
@@ -192,13 +193,11 @@ def report(model: ByteModel, heldout: bytes, seed: int, documents: int) -> None:
     """Prints the loss on held-out text and the recall by distance, with that text as filler."""
     length = model.config.max_position_embeddings
     print(f"{bits_per_byte(model, heldout, length):.4f} bits per byte on held-out text")
+    device = next(model.parameters()).device
     rng = random.Random(seed)
-    lower = 0
-    for edge, (right, asked) in recall_accuracy(
-        model, [recall_document(rng, length, heldout) for _ in range(documents)]
-    ).items():
-        print(f"recall at distances {lower + 1} to {edge}: {right}/{asked}")
-        lower = edge
+    texts = [recall_document(rng, length, heldout) for _ in range(documents)]
+    for edge, (right, asked) in recall_accuracy(lambda tokens: model(tokens.to(device))[0], texts).items():
+        print(f"recall at distances up to {edge}: {right}/{asked}")
 
 
 def main() -> None:

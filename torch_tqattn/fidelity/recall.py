@@ -1,18 +1,20 @@
 """Long-range recall: documents with planted facts and, further on, questions about them."""
 
+import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from byte_model import ByteModel
+from torch import Tensor
 
 DIGITS = 4
+NEAREST = 256  # distances up to this are counted together
 
 
 class Answer(NamedTuple):
-    """Bytes start .. end - 1 of a document answer a question about a fact whose digits lie `distance` bytes earlier."""
+    """Bytes (or tokens) start .. end - 1 of a document answer a question about a fact `distance` of them earlier."""
 
     start: int
     end: int
@@ -67,24 +69,44 @@ def recall_document(
     return bytes(document).ljust(length, b"\n"), answers
 
 
-@torch.no_grad()
-def recall_accuracy(
-    model: ByteModel,
-    documents: Sequence[tuple[bytes, list[Answer]]],
-    edges: Sequence[int] = (256, 512, 1024, 2048, 4096),
-) -> dict[int, tuple[int, int]]:
-    """Questions answered and asked, by distance: {upper edge: (all digits right, asked)}.
+def in_tokens(
+    document: bytes, answers: Sequence[Answer], encode: Callable[[bytes], list[int]], prefix: Sequence[int] = ()
+) -> tuple[list[int], list[Answer]]:
+    """A document, after the tokens `prefix`, and its answers in tokens.
 
-    An answer counts as right if the model, shown the document up to each digit, ranks that digit first.
+    Facts and answers are encoded apart from what is around them, so that they begin and end where tokens do.
     """
-    device = next(model.parameters()).device
-    counts = {edge: [0, 0] for edge in edges}
+    cuts = {0, len(document)}
+    for answer in answers:
+        fact = answer.start - answer.distance
+        cuts |= {fact, fact + DIGITS, answer.start, answer.end}
+    tokens = list(prefix)
+    positions = {0: len(tokens)}
+    for begin, end in itertools.pairwise(sorted(cuts)):
+        tokens += encode(document[begin:end])
+        positions[end] = len(tokens)
+    moved = []
+    for start, end, distance in answers:
+        moved.append(Answer(positions[start], positions[end], positions[start] - positions[start - distance]))
+    return tokens, moved
+
+
+def recall_accuracy(
+    logits: Callable[[Tensor], Tensor], documents: Sequence[tuple[Sequence[int], list[Answer]]]
+) -> dict[int, tuple[int, int]]:
+    """Questions answered and asked, by distance: {upper edge: (all digits right, asked)}, edges that occur only.
+
+    An answer counts as right if the model, shown the document up to each of its tokens, ranks that token first.
+    `logits` maps tokens [1, T] to [T, vocab].
+    """
+    counts: dict[int, list[int]] = {}
     for document, answers in documents:
-        tokens = torch.tensor(list(document), device=device)
-        predicted = model(tokens[None, :-1])[0].argmax(-1)
-        right = (predicted == tokens[1:]).tolist()
+        tokens = torch.tensor([list(document)])
+        predicted = logits(tokens[:, :-1]).argmax(-1).cpu()
+        right = (predicted == tokens[0, 1:]).tolist()
         for answer in answers:
-            edge = next(edge for edge in edges if answer.distance <= edge)
-            counts[edge][0] += all(right[answer.start - 1 : answer.end - 1])
-            counts[edge][1] += 1
-    return {edge: (correct, asked) for edge, (correct, asked) in counts.items()}
+            edge = max(NEAREST, 1 << (answer.distance - 1).bit_length())
+            count = counts.setdefault(edge, [0, 0])
+            count[0] += all(right[answer.start - 1 : answer.end - 1])
+            count[1] += 1
+    return {edge: (counts[edge][0], counts[edge][1]) for edge in sorted(counts)}
