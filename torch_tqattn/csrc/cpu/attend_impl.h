@@ -5,7 +5,8 @@
 // of kernels_impl.h: compiled once for each instruction set.
 
 constexpr int kMaxTile = 64;
-constexpr int kTileFloats = 8192;  // 32 KiB: positions a tile times head_dim
+constexpr int kTileFloats = 8192;         // 32 KiB: positions a tile times head_dim
+constexpr int kLogitRow = kMaxTile + 16;  // from one row's logits to the next one's: a mean may follow the positions
 
 int64_t tile_positions(int64_t head_dim) {
   const int64_t fit = kTileFloats / head_dim / 16 * 16;
@@ -37,9 +38,23 @@ void score_rows(const float* q, const float* keys, int64_t count, int64_t head_d
     float totals[16];
     sum_lanes_of_16(sums, totals);
     for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kColumns; ++c) logits[r * kMaxTile + j + c] = totals[r * kColumns + c];
+      for (int c = 0; c < kColumns; ++c) logits[r * kLogitRow + j + c] = totals[r * kColumns + c];
     }
   }
+}
+
+// logits[r] = q_r . mean for kRows rows.
+template <int kRows>
+void score_mean(const float* q, const float* mean, int64_t head_dim, float* logits) {
+  FloatVec sums[16] = {};
+  for (int64_t i = 0; i < head_dim; i += kWidth) {
+    const FloatVec x = load(mean + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sums[r] += load(q + r * head_dim + i) * x;
+  }
+  float totals[16];
+  sum_lanes_of_16(sums, totals);
+  for (int r = 0; r < kRows; ++r) logits[r] = totals[r];
 }
 
 // out_r += sum_j weights[r][j] v_j.
@@ -63,7 +78,7 @@ void add_values(const float* weights, const float* values, int64_t count, int64_
       for (int c = 0; c < kCount; ++c) v[c] = load(values + j * head_dim + i + c * kWidth);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const FloatVec w = broadcast(weights[r * kMaxTile + j]);
+        const FloatVec w = broadcast(weights[r * kLogitRow + j]);
 #pragma GCC unroll 4
         for (int c = 0; c < kCount; ++c) sums[r][c] += w * v[c];
       }
@@ -89,9 +104,9 @@ void for_row_groups(int64_t rows, Function function) {
   if (rows - r == 1) function(r, std::integral_constant<int, 1>());
 }
 
-// Logits of one row to weights; updates the row's sum and maximum and rescales what it has gathered so far. Returns the
-// sum of these weights.
-float softmax_row(float* logits, int64_t padded, float* sums, float* out, int64_t head_dim) {
+// Logits of one row to weights; updates the row's sum and maximum and rescales what it has gathered so far, the weight
+// of its block's mean included.
+void softmax_row(float* logits, int64_t padded, float* sums, float* out, int64_t head_dim, float* mean_weight) {
   FloatVec largest = broadcast(-INFINITY);
   for (int64_t j = 0; j < padded; j += kWidth) largest = max(load(logits + j), largest);
   const float old_max = sums[1];
@@ -107,24 +122,18 @@ float softmax_row(float* logits, int64_t padded, float* sums, float* out, int64_
   const float decay = old_max == new_max ? 1.0f : std::exp(old_max - shift);
   const float added = sum_lanes(total);
   sums[0] = sums[0] * decay + added;
+  *mean_weight = *mean_weight * decay + added;
   sums[1] = new_max;
   if (decay != 1.0f) {
     for (int64_t i = 0; i < head_dim; i += kWidth) store(out + i, load(out + i) * decay);
   }
-  return added;
-}
-
-float dot(const float* a, const float* b, int64_t head_dim) {
-  FloatVec sum = {};
-  for (int64_t i = 0; i < head_dim; i += kWidth) sum += load(a + i) * load(b + i);
-  return sum_lanes(sum);
 }
 
 // -inf where a row may not see a position of the tile. Returns a bit for each position that some row sees.
 uint64_t hide_positions(const AttendTask& task, int64_t begin, int64_t count, int64_t padded, float* logits) {
   uint64_t seen = 0;
   for (int64_t r = 0; r < task.rows; ++r) {
-    float* row = logits + r * kMaxTile;
+    float* row = logits + r * kLogitRow;
     const bool* mask = task.row_mask != nullptr ? task.row_mask[r] + (begin - task.params->start) : nullptr;
     for (int64_t j = 0; j < padded; ++j) {
       const int64_t position = begin + j;
@@ -144,8 +153,8 @@ void attend(const AttendTask& task) {
   const TqAttendParams& params = *task.params;
   const int64_t head_dim = params.head_dim;
   const int64_t tile = tile_positions(head_dim);
-  alignas(64) float dense[kTileFloats];
-  alignas(64) float logits[kMaxTaskRows * kMaxTile];
+  alignas(64) float dense[kTileFloats + TQ_MAX_HEAD_DIM];
+  alignas(64) float logits[kMaxTaskRows * kLogitRow];
   for (int64_t r = 0; r < task.rows; ++r) {
     std::memset(task.out + r * task.out_stride, 0, head_dim * sizeof(float));
     task.sums[r * task.sums_stride] = 0.0f;
@@ -159,6 +168,7 @@ void attend(const AttendTask& task) {
   }
   RowDecoder keys(task.k, params), values(task.v, params);
   float mean_logits[kMaxTaskRows];  // of the run that ends at run_end
+  float mean_weights[kMaxTaskRows] = {};
   int64_t end = task.begin, run_end = task.begin;
   for (int64_t begin = task.begin; begin < task.end; begin = end) {
     const Run run = keys.run(begin, task.end);
@@ -170,17 +180,18 @@ void attend(const AttendTask& task) {
     std::memset(dense + count * head_dim, 0, (padded - count) * head_dim * sizeof(float));
     std::memset(factors + count, 0, (padded - count) * sizeof(float));
     for_row_groups(task.rows, [&](int64_t r, auto group) {
-      score_rows<decltype(group)::value>(task.q + r * head_dim, dense, padded, head_dim, logits + r * kMaxTile);
+      score_rows<decltype(group)::value>(task.q + r * head_dim, dense, padded, head_dim, logits + r * kLogitRow);
     });
     if (begin >= run_end) {
       const float* mean = keys.mean(run.place, begin);
-      for (int64_t r = 0; r < task.rows; ++r) {
-        mean_logits[r] = mean != nullptr ? dot(task.q + r * head_dim, mean, head_dim) : 0.0f;
-      }
+      if (mean == nullptr) std::memset(mean_logits, 0, sizeof(mean_logits));
+      for_row_groups(mean != nullptr ? task.rows : 0, [&](int64_t r, auto group) {
+        score_mean<decltype(group)::value>(task.q + r * head_dim, mean, head_dim, mean_logits + r);
+      });
       run_end = run.end;
     }
     for (int64_t r = 0; r < task.rows; ++r) {
-      float* row = logits + r * kMaxTile;
+      float* row = logits + r * kLogitRow;
       const FloatVec of_mean = broadcast(mean_logits[r]);
       for (int64_t j = 0; j < padded; j += kWidth) store(row + j, load(row + j) * load(factors + j) + of_mean);
       if (params.softcap > 0) {
@@ -190,7 +201,8 @@ void attend(const AttendTask& task) {
     uint64_t seen = ~uint64_t{0};
     const bool is_common = begin >= common_begin && end <= common_end && count == padded;
     if (!is_common) seen = hide_positions(task, begin, count, padded, logits);
-    if (seen == 0) continue;
+    const bool ends_run = end == run.end;
+    if (seen == 0 && !ends_run) continue;
     for (int64_t j = 0; j < count; ++j) {
       if ((seen >> j) & 1) {
         factors[j] = values.numbers(run.place, begin + j, dense + j * head_dim);
@@ -199,18 +211,23 @@ void attend(const AttendTask& task) {
         factors[j] = 0.0f;
       }
     }
-    const float* value_mean = values.mean(run.place, begin);
+    // A block's mean is one more value of its last tile, with the weight of all its positions.
+    const float* value_mean = ends_run ? values.mean(run.place, begin) : nullptr;
+    if (value_mean != nullptr) std::memcpy(dense + count * head_dim, value_mean, head_dim * sizeof(float));
     for (int64_t r = 0; r < task.rows; ++r) {
-      float* row = logits + r * kMaxTile;
-      float* out = task.out + r * task.out_stride;
-      const FloatVec total = broadcast(softmax_row(row, padded, task.sums + r * task.sums_stride, out, head_dim));
+      float* row = logits + r * kLogitRow;
+      softmax_row(row, padded, task.sums + r * task.sums_stride, task.out + r * task.out_stride, head_dim,
+                  &mean_weights[r]);
       for (int64_t j = 0; j < padded; j += kWidth) store(row + j, load(row + j) * load(factors + j));
-      if (value_mean == nullptr) continue;
-      for (int64_t i = 0; i < head_dim; i += kWidth) store(out + i, load(out + i) + total * load(value_mean + i));
+      if (ends_run) {
+        row[count] = mean_weights[r];
+        mean_weights[r] = 0.0f;
+      }
     }
+    const int64_t value_count = value_mean != nullptr ? count + 1 : count;
     for_row_groups(task.rows, [&](int64_t r, auto group) {
-      add_values<decltype(group)::value>(logits + r * kMaxTile, dense, count, head_dim, task.out + r * task.out_stride,
-                                         task.out_stride);
+      add_values<decltype(group)::value>(logits + r * kLogitRow, dense, value_count, head_dim,
+                                         task.out + r * task.out_stride, task.out_stride);
     });
   }
 }
