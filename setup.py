@@ -1,5 +1,9 @@
-"""Builds the native library torch_tqattn/_C: operators and CPU kernels, loaded with torch.ops.load_library."""
+"""Builds the native library torch_tqattn/_C: operators, CPU kernels and, on macOS, the MPS backend. It is loaded with
+torch.ops.load_library.
+"""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,20 +11,34 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 CSRC = Path("torch_tqattn/csrc")
-COMPILE_ARGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
-if sys.platform != "darwin":
+GENERATED = Path("build/generated")
+
+sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp"), *CSRC.glob("gpu/*.cpp")]
+compile_args = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+link_args = []
+if sys.platform == "darwin":
+    sources += CSRC.glob("mps/*.mm")
+    # torch's own objects are counted by hand, and its inline functions are wrong in code that is not.
+    compile_args += ["-fno-objc-arc", "-DTQATTN_MPS", f"-I{GENERATED.resolve()}"]
+    link_args += ["-framework", "Metal", "-framework", "Foundation"]
+    os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", "14.0")  # torch's own
+    subprocess.run([sys.executable, "scripts/embed_shaders.py", str(GENERATED / "shader_sources.h")], check=True)
+else:
     # Only the compiler gets the flag: the OpenMP runtime must be the one that PyTorch has already loaded.
-    COMPILE_ARGS.append("-fopenmp")
+    compile_args.append("-fopenmp")
 
 setup(
     ext_modules=[
         CppExtension(
             "torch_tqattn._C",
-            sources=sorted(str(path) for folder in (CSRC, CSRC / "cpu") for path in folder.glob("*.cpp")),
+            sources=sorted(str(path) for path in sources),
             depends=[
-                str(path) for pattern in ("csrc/**/*.h", "shaders/*.h") for path in Path("torch_tqattn").glob(pattern)
+                str(path)
+                for pattern in ("csrc/**/*.h", "shaders/*.h", "shaders/*.metal")
+                for path in Path("torch_tqattn").glob(pattern)
             ],
-            extra_compile_args=COMPILE_ARGS,
+            extra_compile_args=compile_args,
+            extra_link_args=link_args,
         )
     ],
     cmdclass={"build_ext": BuildExtension},

@@ -10,6 +10,11 @@ import hypothesis
 import pytest
 import torch
 
+if os.environ.get("TQATTN_HOSTED_MPS"):  # a double of Metal and of torch's MPS device; see metal/hosted
+    import metal.hosted
+
+    metal.hosted.load()
+
 import torch_tqattn  # noqa: F401  (loads the operators)
 
 hypothesis.settings.register_profile("quick", max_examples=10, deadline=None)

@@ -158,7 +158,8 @@ def exact_levels(bits: int) -> Tensor:
 
 def thresholds(codebook: Tensor) -> Tensor:
     """Midpoints between neighbouring levels: a number above threshold i and not above i + 1 has code i + 1."""
-    return ((codebook[1:].double() + codebook[:-1].double()) / 2).float()
+    exact = codebook.cpu().double()  # Apple's GPUs have no float64
+    return ((exact[1:] + exact[:-1]) / 2).float().to(codebook.device)
 
 
 def pack(codes: Tensor, storage: Format) -> Tensor:

@@ -49,7 +49,8 @@ struct AttendCall {
   at::Tensor q;
   Side k;
   Side v;
-  TqAttendParams params;  // splits 0: the backend's choice
+  TqAttendParams params;   // splits 0: the backend's choice
+  int64_t simdgroups = 0;  // of a GPU's threadgroup; 0: the backend's choice
   OptionalTensor sinks;
   OptionalTensor mask;
   OptionalTensor starts;

@@ -208,7 +208,7 @@ void seed_quantize(const char* op, const Tensor& x, const Tensor& packed, const 
 }
 
 Tensor seed_attention(const SeedArgs& args, bool undo_rotation) {
-  const int64_t nwg = check_seed_attention(args).first;
+  const auto [nwg, nsg] = check_seed_attention(args);
   Tensor out = empty(args.q.sym_sizes(), args.q, at::kFloat);
   const Backend* backend = find_backend(args.q.device().type());
   if (backend == nullptr) return out;
@@ -226,6 +226,7 @@ Tensor seed_attention(const SeedArgs& args, bool undo_rotation) {
   call.params.num_heads = static_cast<uint32_t>(args.q.size(0));
   call.params.q_len = 1;
   call.params.splits = static_cast<uint32_t>(nwg);
+  call.simdgroups = nsg;
   call.params.scale = static_cast<float>(args.scale);
   call.params.softcap = static_cast<float>(args.softcap);
   call.rotate_q = args.fuse_fwht_pre;
@@ -343,3 +344,6 @@ const Backend* find_backend(c10::DeviceType device) { return backends()[static_c
 
 TORCH_LIBRARY_IMPL(tqattn, Meta, m) { tqattn::implement(m); }
 TORCH_LIBRARY_IMPL(tqattn, CPU, m) { tqattn::implement(m); }
+#ifdef TQATTN_MPS
+TORCH_LIBRARY_IMPL(tqattn, MPS, m) { tqattn::implement(m); }
+#endif

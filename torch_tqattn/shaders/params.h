@@ -27,4 +27,55 @@ struct TqAttendParams {
   uint32_t splits;       // parts that the positions are cut into; their results are merged
   float scale;
   float softcap;  // 0: none
+  // The rest is for GPU kernels.
+  uint32_t batch;
+  uint32_t has_starts;  // whether the kernel may read these arguments
+  uint32_t has_lengths;
+  uint32_t rotate_q;    // 0: q is rotated already
+  float k_norm_factor;  // what a stored norm is multiplied with
+  float v_norm_factor;
+};
+
+// Merging the parts of an attention call.
+struct TqReduceParams {
+  uint32_t rows;  // batch * num_heads * q_len
+  uint32_t splits;
+  uint32_t num_heads;
+  uint32_t num_kv_heads;
+  uint32_t q_len;
+  uint32_t has_sinks;
+  uint32_t has_lse;
+  uint32_t undo_rotation;
+};
+
+// Storing new tokens: those of positions position..position + tokens; coded_begin..coded_end are coded.
+struct TqEncodeParams {
+  uint32_t num_kv_heads;
+  uint32_t tokens;
+  uint32_t slots;
+  uint32_t tail_slots;
+  uint32_t sink_length;
+  uint32_t block_size;
+  uint32_t position;
+  uint32_t coded_begin;
+  uint32_t coded_end;
+  uint32_t unit;    // positions that one threadgroup codes: a block, if there are blocks
+  uint32_t encode;  // csrc/format.h's Encode
+  uint32_t has_starts;
+  float k_norm_factor;
+  float v_norm_factor;
+};
+
+// Decoding positions start..length.
+struct TqDecodeParams {
+  uint32_t num_kv_heads;
+  uint32_t slots;
+  uint32_t tail_slots;
+  uint32_t sink_length;
+  uint32_t block_size;
+  uint32_t start;
+  uint32_t coded;
+  uint32_t length;
+  uint32_t has_starts;
+  uint32_t undo_rotation;
 };

@@ -1,0 +1,52 @@
+// A kernel launch as a plain value. plan.h makes them, the same on every platform; mps/ and cuda/ only carry them out.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace tqattn::gpu {
+
+// A kernel of shaders/<shader>.metal, specialised by macros.
+struct Kernel {
+  const char* shader;
+  const char* name;
+  std::vector<std::pair<const char*, std::string>> macros;
+};
+
+// What is bound at one buffer index: a tensor on the device, or a few bytes.
+struct Argument {
+  // `alignment`: in bytes, that the kernel's loads need beyond that of the tensor's numbers.
+  explicit Argument(const at::Tensor& x, int64_t alignment = 1) : tensor(x), alignment(alignment) {}
+
+  template <typename T>
+  static Argument value(const T& x) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    const auto* first = reinterpret_cast<const uint8_t*>(&x);
+    return Argument(std::vector<uint8_t>(first, first + sizeof(T)));
+  }
+
+  // For a pointer that the kernel does not follow: every index that it declares has to be bound.
+  static Argument unused() { return value(std::array<uint32_t, 4>{}); }
+
+  at::Tensor tensor;  // undefined: bytes
+  int64_t alignment = 1;
+  std::vector<uint8_t> bytes;
+
+ private:
+  explicit Argument(std::vector<uint8_t> value) : bytes(std::move(value)) {}
+};
+
+struct Launch {
+  Kernel kernel;
+  std::vector<Argument> arguments;            // by buffer index
+  std::array<uint32_t, 3> groups;             // threadgroups of the grid
+  uint32_t simdgroups;                        // of a threadgroup
+  std::vector<uint32_t> threadgroup_bytes{};  // by threadgroup index: multiples of 16
+};
+
+}  // namespace tqattn::gpu

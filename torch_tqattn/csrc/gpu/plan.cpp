@@ -1,0 +1,259 @@
+#include "plan.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <limits>
+
+namespace tqattn::gpu {
+namespace {
+
+using at::Tensor;
+
+constexpr uint32_t kSimdLanes = 32;
+constexpr uint32_t kLaneNumbers = 16;     // of a row, in one lane of a simdgroup
+constexpr uint32_t kSimdgroups = 4;       // of a threadgroup, unless there is a reason for another number
+constexpr int64_t kWordBytes = 4;         // codes are read in words
+constexpr int64_t kFewestPositions = 64;  // of a simdgroup: fewer cost more to merge than they save
+
+using Macros = std::vector<std::pair<const char*, std::string>>;
+
+// The name of a type in the shaders.
+const char* shader_type(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return "float";
+    case at::kHalf:
+      return "half";
+    case at::kBFloat16:
+      return "bfloat";
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no shader takes ", type);
+  }
+}
+
+uint32_t to_count(int64_t count, const char* what) {
+  TORCH_CHECK_VALUE(count <= std::numeric_limits<int32_t>::max(), "a GPU kernel takes at most 2^31 - 1 ", what,
+                    ", got ", count);
+  return static_cast<uint32_t>(count);
+}
+
+uint32_t divide_up(int64_t count, int64_t size) { return to_count((count + size - 1) / size, "threadgroups"); }
+
+uint32_t power_of_two_from(uint32_t count) {
+  uint32_t power = 1;
+  while (power < count) power *= 2;
+  return power;
+}
+
+// Rows that one simdgroup holds.
+uint32_t simd_rows(int64_t head_dim) {
+  return kSimdLanes / power_of_two_from(static_cast<uint32_t>(head_dim) / kLaneNumbers);
+}
+
+uint32_t padded_bytes(int64_t floats) { return static_cast<uint32_t>((floats * sizeof(float) + 15) / 16 * 16); }
+
+Argument optional(const OptionalTensor& x) { return x.has_value() ? Argument(x->contiguous()) : Argument::unused(); }
+
+void add_side(Macros& macros, bool is_k, const Side& side) {
+  const StorageFormat& format = *side.format;
+  macros.emplace_back(is_k ? "TQ_K_BITS" : "TQ_V_BITS",
+                      std::to_string(side.codebook != nullptr ? side.codebook->bits : 16));
+  macros.emplace_back(is_k ? "TQ_K_LOW" : "TQ_V_LOW", std::to_string(format.low_plane));
+  macros.emplace_back(is_k ? "TQ_K_HIGH" : "TQ_V_HIGH", std::to_string(format.high_plane));
+  macros.emplace_back(is_k ? "TQ_K_MEANS" : "TQ_V_MEANS", side.means.has_value() ? "1" : "0");
+}
+
+// The macros that every kernel for a cache needs.
+Macros store_macros(const Side& k, const Side& v, int64_t head_dim) {
+  Macros macros{{"TQ_HEAD_DIM", std::to_string(head_dim)}};
+  add_side(macros, true, k);
+  add_side(macros, false, v);
+  macros.emplace_back("TQ_TAIL", k.tail.has_value() ? "1" : "0");
+  const auto is_exact = [](const Side& side) { return side.codebook != nullptr && side.codebook->integers == nullptr; };
+  macros.emplace_back("TQ_EXACT_LEVELS", is_exact(k) || is_exact(v) ? "1" : "0");
+  return macros;
+}
+
+void add_store(std::vector<Argument>& arguments, const Side& side) {
+  arguments.emplace_back(side.codes, kWordBytes);
+  arguments.push_back(optional(side.norms));
+  arguments.push_back(optional(side.means));
+  arguments.push_back(optional(side.tail));
+}
+
+Launch reduce_launch(const Tensor& partials, const OptionalTensor& sinks, const Tensor& out, const OptionalTensor& lse,
+                     TqReduceParams params, int64_t head_dim) {
+  params.has_sinks = sinks.has_value();
+  params.has_lse = lse.has_value();
+  return {{"reduce",
+           "tq_reduce",
+           {{"TQ_HEAD_DIM", std::to_string(head_dim)}, {"TQ_OUTPUT", shader_type(out.scalar_type())}}},
+          {Argument(partials), sinks.has_value() ? Argument(sinks->to(at::kFloat).contiguous()) : Argument::unused(),
+           Argument(out), optional(lse), Argument::value(params)},
+          {divide_up(params.rows, simd_rows(head_dim)), 1, 1},
+          1};
+}
+
+}  // namespace
+
+std::vector<Launch> plan_rotate(const Tensor& x, bool inverse, const Tensor& out) {
+  const int64_t head_dim = x.size(-1), rows = x.numel() / head_dim;
+  return {{{"rotate",
+            inverse ? "tq_undo_rotation_of_rows" : "tq_rotate_rows",
+            {{"TQ_HEAD_DIM", std::to_string(head_dim)}, {"TQ_INPUT", shader_type(x.scalar_type())}}},
+           {Argument(x.contiguous()), Argument(out), Argument::value(to_count(rows, "rows"))},
+           {divide_up(rows, int64_t{simd_rows(head_dim)} * kSimdgroups), 1, 1},
+           kSimdgroups}};
+}
+
+std::vector<Launch> plan_encode(const EncodeCall& call) {
+  const EncodeCall::Input& k = call.inputs.front();
+  const EncodeCall::Input& v = call.inputs.back();
+  const uint32_t sides = static_cast<uint32_t>(call.inputs.size());
+  const int64_t head_dim = k.x.size(3), tokens = k.x.size(2), heads = k.x.size(0) * k.x.size(1);
+  const bool is_same_type = k.x.scalar_type() == v.x.scalar_type();
+  const auto input = [&](const Tensor& x) { return (is_same_type ? x : x.to(at::kFloat)).contiguous(); };
+  const Tensor k_input = input(k.x), v_input = sides > 1 ? input(v.x) : k_input;
+  const int64_t slots = k.side.codes.size(2);
+  const uint32_t group_rows = simd_rows(head_dim) * kSimdgroups;
+
+  TqEncodeParams params{};
+  params.num_kv_heads = static_cast<uint32_t>(k.x.size(1));
+  params.tokens = to_count(tokens, "tokens");
+  params.slots = to_count(slots, "slots");
+  params.tail_slots = k.side.tail.has_value() ? static_cast<uint32_t>(k.side.tail->size(2) - call.sink_length) : 0;
+  params.sink_length = static_cast<uint32_t>(call.sink_length);
+  params.block_size = static_cast<uint32_t>(call.block_size);
+  params.position = to_count(call.position, "positions");
+  // What this very call would overwrite is not coded at all.
+  params.coded_begin = to_count(std::max(call.coded, call.coded_end - slots), "positions");
+  params.coded_end = to_count(call.coded_end, "positions");
+  params.unit = call.block_size > 0 ? params.block_size : group_rows;
+  params.encode = static_cast<uint32_t>(call.encode);
+  params.has_starts = call.starts.has_value();
+  params.k_norm_factor = k.side.norm_factor;
+  params.v_norm_factor = v.side.norm_factor;
+
+  Macros macros = store_macros(k.side, v.side, head_dim);
+  macros.emplace_back("TQ_INPUT", shader_type(k_input.scalar_type()));
+  std::vector<Launch> launches;
+  if (params.coded_end > params.coded_begin) {
+    std::vector<Argument> arguments{Argument(k_input), Argument(v_input)};
+    add_store(arguments, k.side);
+    add_store(arguments, v.side);
+    arguments.push_back(optional(call.starts));
+    arguments.push_back(Argument::value(params));
+    launches.push_back(
+        {{"encode", "tq_encode", macros},
+         std::move(arguments),
+         {divide_up(params.coded_end - params.coded_begin, params.unit), to_count(heads, "heads"), sides},
+         kSimdgroups,
+         {padded_bytes(kSimdgroups * (head_dim + 1))}});
+  }
+  if (k.side.tail.has_value() && tokens > 0) {
+    // After the blocks have been coded: their oldest rows may lie where the newest tokens go.
+    launches.push_back({{"encode", "tq_keep", macros},
+                        {Argument(k_input), Argument(v_input), optional(k.side.tail), optional(v.side.tail),
+                         optional(call.starts), Argument::value(params)},
+                        {divide_up(tokens, group_rows), to_count(heads, "heads"), sides},
+                        kSimdgroups});
+  }
+  return launches;
+}
+
+std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
+  const int64_t head_dim = call.q.size(3), batch = call.q.size(0);
+  TqAttendParams params = call.params;
+  const int64_t group_rows = int64_t{params.q_len} * params.num_heads / params.num_kv_heads;
+  const uint32_t queries = std::min<uint32_t>(device.queries, power_of_two_from(to_count(group_rows, "query rows")));
+  const int64_t tiles = (group_rows + queries - 1) / queries;
+  int64_t positions = int64_t{params.length} - params.start;
+  if (params.window > 0) positions = std::min<int64_t>(positions, int64_t{params.window} + params.q_len - 1);
+  uint32_t simdgroups = static_cast<uint32_t>(call.simdgroups);
+  if (simdgroups == 0) simdgroups = positions > kSimdgroups * kFewestPositions ? kSimdgroups : 1;
+  if (params.splits == 0) {
+    const int64_t tasks = batch * params.num_kv_heads * tiles;
+    const int64_t most = std::max<int64_t>(positions / (simdgroups * kFewestPositions), 1);
+    params.splits = static_cast<uint32_t>(std::clamp<int64_t>(device.threadgroups / tasks, 1, most));
+  }
+  params.batch = static_cast<uint32_t>(batch);
+  params.has_starts = call.starts.has_value();
+  params.has_lengths = call.lengths.has_value();
+  params.rotate_q = call.rotate_q;
+  params.k_norm_factor = call.k.norm_factor;
+  params.v_norm_factor = call.v.norm_factor;
+
+  const int64_t rows = batch * params.num_heads * params.q_len;
+  const Tensor partials = call.partials.has_value()
+                              ? *call.partials
+                              : at::empty({rows * params.splits * (head_dim + 2)}, call.q.options().dtype(at::kFloat));
+  const Tensor q = call.q.contiguous();
+  Macros macros = store_macros(call.k, call.v, head_dim);
+  macros.emplace_back("TQ_INPUT", shader_type(q.scalar_type()));
+  macros.emplace_back("TQ_QUERIES", std::to_string(queries));
+  std::vector<Argument> arguments{Argument(q)};
+  add_store(arguments, call.k);
+  add_store(arguments, call.v);
+  arguments.push_back(optional(call.mask));
+  arguments.push_back(optional(call.starts));
+  arguments.push_back(optional(call.lengths));
+  arguments.emplace_back(partials);
+  arguments.push_back(Argument::value(params));
+  TqReduceParams reduce{};
+  reduce.rows = to_count(rows, "query rows");
+  reduce.splits = params.splits;
+  reduce.num_heads = params.num_heads;
+  reduce.num_kv_heads = params.num_kv_heads;
+  reduce.q_len = params.q_len;
+  reduce.undo_rotation = call.undo_rotation;
+  return {{{"attend", "tq_attend", std::move(macros)},
+           std::move(arguments),
+           {params.splits, to_count(params.num_kv_heads * tiles, "threadgroups"), params.batch},
+           simdgroups,
+           {padded_bytes(std::max(simdgroups / 2, 1u) * queries * (head_dim + 2))}},
+          reduce_launch(partials, call.sinks, call.out, call.lse, reduce, head_dim)};
+}
+
+std::vector<Launch> plan_decode(const DecodeCall& call) {
+  const Side& k = call.sides.front();
+  const Side& v = call.sides.back();
+  const int64_t head_dim = call.params.head_dim;
+  TqDecodeParams params{};
+  params.num_kv_heads = call.params.num_kv_heads;
+  params.slots = call.params.slots;
+  params.tail_slots = call.params.tail_slots;
+  params.sink_length = call.params.sink_length;
+  params.block_size = call.params.block_size;
+  params.start = call.params.start;
+  params.coded = call.params.coded;
+  params.length = call.params.length;
+  params.has_starts = call.starts.has_value();
+  params.undo_rotation = call.undo_rotation;
+  std::vector<Argument> arguments;
+  add_store(arguments, k);
+  add_store(arguments, v);
+  arguments.push_back(optional(call.starts));
+  arguments.emplace_back(call.outs.front());
+  arguments.emplace_back(call.outs.back());
+  arguments.push_back(Argument::value(params));
+  const int64_t heads = call.outs.front().size(0) * params.num_kv_heads;
+  return {{{"decode", "tq_decode", store_macros(k, v, head_dim)},
+           std::move(arguments),
+           {divide_up(params.length - params.start, int64_t{simd_rows(head_dim)} * kSimdgroups),
+            to_count(heads, "heads"), static_cast<uint32_t>(call.sides.size())},
+           kSimdgroups}};
+}
+
+std::vector<Launch> plan_reduce(const ReduceCall& call) {
+  TqReduceParams params{};
+  params.rows = to_count(call.rows, "query rows");
+  params.splits = to_count(call.splits, "splits");
+  params.num_heads = params.num_kv_heads = params.rows;
+  params.q_len = 1;
+  params.undo_rotation = call.undo_rotation;
+  return {reduce_launch(call.partials, std::nullopt, call.out, std::nullopt, params, call.head_dim)};
+}
+
+}  // namespace tqattn::gpu

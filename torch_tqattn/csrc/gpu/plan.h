@@ -1,0 +1,23 @@
+// What a GPU has to launch for each of the backend's calls: kernels, specialisations, grids, memory and arguments.
+#pragma once
+
+#include <vector>
+
+#include "../backend.h"
+#include "launch.h"
+
+namespace tqattn::gpu {
+
+// What the plans depend on of a device.
+struct Device {
+  uint32_t queries;       // query rows that one simdgroup attends for at once: 1, 2 or 4
+  uint32_t threadgroups;  // how many keep the device busy
+};
+
+std::vector<Launch> plan_rotate(const at::Tensor& x, bool inverse, const at::Tensor& out);
+std::vector<Launch> plan_encode(const EncodeCall& call);
+std::vector<Launch> plan_attend(const AttendCall& call, const Device& device);
+std::vector<Launch> plan_decode(const DecodeCall& call);
+std::vector<Launch> plan_reduce(const ReduceCall& call);
+
+}  // namespace tqattn::gpu

@@ -1,0 +1,205 @@
+// Storing tokens: tq_encode codes what is due (blocks of tokens around their mean, or single tokens), tq_keep puts the
+// others, and the first tokens of each sequence, into the dense tail. K and V in one launch: group.z is the side.
+//
+// Specialised by: TQ_HEAD_DIM, TQ_INPUT, TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH, TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH (16, 16, 0 for
+// half-precision rows), TQ_K_MEANS, TQ_V_MEANS, TQ_TAIL (whether there are block means, and a dense tail),
+// TQ_EXACT_LEVELS.
+#include <metal_stdlib>
+using namespace metal;
+
+#include "params.h"
+#include "store.h"
+
+// Where one KV head of one side comes from and goes to.
+struct TqTarget {
+  device const TQ_INPUT* x;  // of the new tokens
+  device uchar* codes;
+  device float* norms;
+  device half* means;
+  device half* tail;
+  int first;  // position of the first token that is no padding
+  float norm_factor;
+};
+
+static inline bool tq_is_sink(int position, thread const TqTarget& target, constant TqEncodeParams& params) {
+  return position >= target.first && position < target.first + int(params.sink_length);
+}
+
+static inline uint tq_tail_row(int position, thread const TqTarget& target, constant TqEncodeParams& params) {
+  if (tq_is_sink(position, target, params)) return uint(position - target.first);
+  return params.sink_length + uint(position) % params.tail_slots;
+}
+
+// The rotated row of a position that has not been coded; half precision if it goes through the tail. All lanes of the
+// simdgroup call it together; padding gives zeros.
+static inline void tq_fetch(int position, thread const TqTarget& target, constant TqEncodeParams& params, uint lane,
+                            thread TqRow& row) {
+  const bool is_new = position >= int(params.position);
+  if (is_new) {
+    tq_load(target.x + ulong(position - int(params.position)) * TQ_HEAD_DIM, lane, row);
+  } else {
+    tq_clear(row);
+  }
+  tq_rotate(lane, row);
+  if (!is_new && TQ_TAIL) tq_load(target.tail + tq_tail_row(position, target, params) * TQ_HEAD_DIM, lane, row);
+  if (is_new && TQ_TAIL && params.block_size != 0) {
+#pragma unroll
+    for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] = float(half(tq_saturated(row.x[i])));
+  }
+  if (position < target.first) tq_clear(row);
+}
+
+static inline bool tq_is_finite(thread const TqRow& row) {
+  float nothing = 0.0f;
+#pragma unroll
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) nothing += row.x[i] - row.x[i];
+  return tq_sum(nothing, TQ_ROW_LANES) == 0.0f;
+}
+
+// The mean of positions begin..begin + count, rotated, as it is stored. Padding, sinks and tokens with a NaN or an
+// infinity would spoil it for all others.
+static inline void tq_block_mean(int begin, int count, thread const TqTarget& target, constant TqEncodeParams& params,
+                                 uint lane, uint simdgroup, uint simdgroups, threadgroup float* scratch,
+                                 thread TqRow& mean) {
+  TqRow sum;
+  tq_clear(sum);
+  float counted = 0.0f;
+  const int stride = int(simdgroups * TQ_SIMD_ROWS);
+  for (int at = int(simdgroup * TQ_SIMD_ROWS); at < count; at += stride) {
+    const int position = begin + at + int(lane / TQ_ROW_LANES);
+    const bool is_there = position < begin + count;
+    TqRow row;
+    tq_fetch(is_there ? position : begin, target, params, lane, row);
+    const bool is_finite = tq_is_finite(row);
+    const bool counts = is_there && is_finite && position >= target.first + int(params.sink_length);
+    counted += counts ? 1.0f : 0.0f;
+#pragma unroll
+    for (uint i = 0; i < TQ_LANE_DIMS; ++i) sum.x[i] += counts ? row.x[i] : 0.0f;
+  }
+#pragma unroll
+  for (uint step = TQ_ROW_LANES; step < TQ_SIMD_LANES; step *= 2) {
+    counted += simd_shuffle_xor(counted, ushort(step));
+#pragma unroll
+    for (uint i = 0; i < TQ_LANE_DIMS; ++i) sum.x[i] += simd_shuffle_xor(sum.x[i], ushort(step));
+  }
+  threadgroup float* mine = scratch + simdgroup * (TQ_HEAD_DIM + 1);
+  if (lane < TQ_USED_LANES) {
+#pragma unroll
+    for (uint i = 0; i < TQ_LANE_DIMS; ++i) mine[lane * TQ_LANE_DIMS + i] = sum.x[i];
+    if (lane == 0) mine[TQ_HEAD_DIM] = counted;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  tq_clear(mean);
+  counted = 0.0f;
+  for (uint s = 0; s < simdgroups; ++s) {
+    threadgroup const float* its = scratch + s * (TQ_HEAD_DIM + 1);
+    counted += its[TQ_HEAD_DIM];
+    if (tq_is_used(lane)) {
+#pragma unroll
+      for (uint i = 0; i < TQ_LANE_DIMS; ++i) mean.x[i] += its[tq_place(lane) * TQ_LANE_DIMS + i];
+    }
+  }
+#pragma unroll
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) mean.x[i] = float(half(tq_saturated(mean.x[i] / max(counted, 1.0f))));
+}
+
+// Codes positions begin..begin + count of one head.
+template <uint bits, uint low, uint high, bool has_means>
+static inline void tq_encode_rows(int begin, int count, thread const TqTarget& target, constant TqEncodeParams& params,
+                                  uint lane, uint simdgroup, uint simdgroups, threadgroup float* scratch) {
+  TqRow mean;
+  tq_clear(mean);
+  if (has_means) {
+    tq_block_mean(begin, count, target, params, lane, simdgroup, simdgroups, scratch, mean);
+    if (simdgroup == 0 && lane < TQ_ROW_LANES) {
+      tq_store_half(target.means + uint(begin) % params.slots / params.block_size * TQ_HEAD_DIM, lane, mean);
+    }
+  }
+  const int stride = int(simdgroups * TQ_SIMD_ROWS);
+  for (int at = int(simdgroup * TQ_SIMD_ROWS); at < count; at += stride) {
+    const int position = begin + at + int(lane / TQ_ROW_LANES);
+    const bool is_there = position < begin + count;
+    TqRow row;
+    tq_fetch(is_there ? position : begin, target, params, lane, row);
+#pragma unroll
+    for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] -= mean.x[i];
+    if (position < target.first + int(params.sink_length)) tq_clear(row);
+    const uint slot = uint(position) % params.slots;
+    if (bits == 16) {
+      if (is_there) tq_store_half(reinterpret_cast<device half*>(target.codes) + slot * TQ_HEAD_DIM, lane, row);
+    } else {
+      TqCodes codes;
+      const float norm = tq_quantise<bits>(row, lane, params.encode, codes);
+      if (is_there) {
+        tq_store_codes<low, high>(target.codes + slot * TQ_ROW_BYTES(low, high), lane, codes);
+        if (tq_is_used(lane) && tq_place(lane) % TQ_GROUP_LANES == 0) {
+          target.norms[slot * TQ_NORM_GROUPS + tq_place(lane) / TQ_GROUP_LANES] = norm / target.norm_factor;
+        }
+      }
+    }
+  }
+}
+
+// One threadgroup: positions params.coded_begin + params.unit * group.x on, as many as params.unit, of head group.y
+// (sequence * KV heads + KV head), side group.z. scratch: TQ_HEAD_DIM + 1 floats for each simdgroup.
+kernel void tq_encode(device const TQ_INPUT* k [[buffer(0)]], device const TQ_INPUT* v [[buffer(1)]],
+                      device uchar* k_codes [[buffer(2)]], device float* k_norms [[buffer(3)]],
+                      device half* k_means [[buffer(4)]], device half* k_tail [[buffer(5)]],
+                      device uchar* v_codes [[buffer(6)]], device float* v_norms [[buffer(7)]],
+                      device half* v_means [[buffer(8)]], device half* v_tail [[buffer(9)]],
+                      device const int* starts [[buffer(10)]], constant TqEncodeParams& params [[buffer(11)]],
+                      threadgroup float* scratch [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+                      uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                      uint simdgroups [[simdgroups_per_threadgroup]]) {
+  const bool is_k = group.z == 0;
+  const ulong head = group.y;
+  const ulong slots = head * params.slots;
+  const ulong tail = head * (params.sink_length + params.tail_slots) * TQ_HEAD_DIM;
+  const ulong mean = params.block_size != 0 ? head * (params.slots / params.block_size) * TQ_HEAD_DIM : 0;
+  const ulong bytes =
+      is_k ? TQ_SLOT_BYTES(TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH) : TQ_SLOT_BYTES(TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH);
+  TqTarget target;
+  target.x = (is_k ? k : v) + head * params.tokens * TQ_HEAD_DIM;
+  target.codes = (is_k ? k_codes : v_codes) + slots * bytes;
+  target.norms = (is_k ? k_norms : v_norms) + slots * TQ_NORM_GROUPS;
+  target.means = (is_k ? k_means : v_means) + mean;
+  target.tail = (is_k ? k_tail : v_tail) + tail;
+  target.first = params.has_starts != 0 ? max(starts[group.y / params.num_kv_heads], 0) : 0;
+  target.norm_factor = is_k ? params.k_norm_factor : params.v_norm_factor;
+  const int begin = int(params.coded_begin + group.x * params.unit);
+  const int count = min(int(params.unit), int(params.coded_end) - begin);
+  if (is_k) {
+    tq_encode_rows<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH, TQ_K_MEANS>(begin, count, target, params, lane, simdgroup,
+                                                               simdgroups, scratch);
+  } else {
+    tq_encode_rows<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH, TQ_V_MEANS>(begin, count, target, params, lane, simdgroup,
+                                                               simdgroups, scratch);
+  }
+}
+
+// New tokens that belong in the tail, in the same order of groups: one lane group a token.
+kernel void tq_keep(device const TQ_INPUT* k [[buffer(0)]], device const TQ_INPUT* v [[buffer(1)]],
+                    device half* k_tail [[buffer(2)]], device half* v_tail [[buffer(3)]],
+                    device const int* starts [[buffer(4)]], constant TqEncodeParams& params [[buffer(5)]],
+                    uint3 group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
+                    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
+  const ulong head = group.y;
+  TqTarget target;
+  target.x = (group.z == 0 ? k : v) + head * params.tokens * TQ_HEAD_DIM;
+  target.tail = (group.z == 0 ? k_tail : v_tail) + head * (params.sink_length + params.tail_slots) * TQ_HEAD_DIM;
+  target.first = params.has_starts != 0 ? max(starts[group.y / params.num_kv_heads], 0) : 0;
+  const uint token = (group.x * simdgroups + simdgroup) * TQ_SIMD_ROWS + lane / TQ_ROW_LANES;
+  const bool is_there = token < params.tokens;
+  const int position = int(params.position + (is_there ? token : 0));
+  TqRow row;
+  tq_load(target.x + ulong(position - int(params.position)) * TQ_HEAD_DIM, lane, row);
+  tq_rotate(lane, row);
+  if (position < target.first) tq_clear(row);
+  const bool is_sink = tq_is_sink(position, target, params);
+  if (is_there && is_sink) tq_store_half(target.tail + uint(position - target.first) * TQ_HEAD_DIM, lane, row);
+  if (is_sink) tq_clear(row);  // its row of the ring is not read
+  if (is_there && params.block_size != 0 && position >= int(params.coded_end)) {
+    const uint at = params.sink_length + uint(position) % params.tail_slots;
+    tq_store_half(target.tail + at * TQ_HEAD_DIM, lane, row);
+  }
+}
