@@ -200,8 +200,11 @@ def coded_errors(x: Tensor, name: str, encode: str) -> Tensor:
 
 
 def best_slack(errors: Tensor, head_dim: int) -> Tensor:
-    """How much float32 may add to least squared errors: rounding of their sum, and of numbers of the row's size."""
-    return 2**-24 * (head_dim + 8 / errors.sqrt()) * errors
+    """How much more than the least error the chosen one may be: float32 rounds both that are compared.
+
+    Each is off by the rounding of its sum, and by that of numbers of the row's size.
+    """
+    return 2 * 2**-24 * (head_dim + 8 / errors.sqrt()) * errors
 
 
 @pytest.mark.parametrize("head_dim", fmt.HEAD_DIMS)
@@ -364,7 +367,8 @@ def test_half_precision_queries_lose_no_more_than_plain_attention(dtype: torch.d
     k, v = tqattn.decode_kv(*stores, 128, 0, coded, 500, 32)
     out, _ = tqattn.attend(q, *stores, 0, coded, 500, 32, causal=False)
     expected, _ = exact_attention(q, k, v, causal=False)
-    plain = torch.nn.functional.scaled_dot_product_attention(q, k.to(dtype), v.to(dtype), enable_gqa=True)
+    rows = (x.cpu().to(dtype) for x in (q, k, v))
+    plain = torch.nn.functional.scaled_dot_product_attention(*rows, enable_gqa=True)
     assert out.dtype == dtype
     assert relative_error(out, expected) < 2 * relative_error(plain, expected)
 
