@@ -31,16 +31,6 @@ static inline float tq_dot(thread const TqRow& q, thread const TqRow& row, float
   return tq_sum(sum * factor, TQ_ROW_LANES);
 }
 
-static inline void tq_add(float factor, thread const TqRow& row, thread TqRow& out) {
-#pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) out.x[i] = fma(factor, row.x[i], out.x[i]);
-}
-
-static inline void tq_scale(float factor, thread TqRow& row) {
-#pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] *= factor;
-}
-
 // Adds positions begin..end to the states. The position `begin` is in row `row` of a ring of `ring` rows after the
 // first `offset`; coded rows may have block means.
 template <bool is_coded>
@@ -80,8 +70,7 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqStore
       if (is_coded) {
         tq_load_slot<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH>(k, slot, lane, numbers);
       } else {
-        tq_load(k.tail + slot * TQ_HEAD_DIM, lane, numbers.row);
-        numbers.norm = 1.0f;
+        tq_load_tail(k, slot, lane, numbers);
       }
       float logits[TQ_QUERIES];
 #pragma unroll
@@ -93,8 +82,7 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqStore
       if (is_coded) {
         tq_load_slot<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH>(v, slot, lane, numbers);
       } else {
-        tq_load(v.tail + slot * TQ_HEAD_DIM, lane, numbers.row);
-        numbers.norm = 1.0f;
+        tq_load_tail(v, slot, lane, numbers);
       }
 #pragma unroll
       for (uint r = 0; r < TQ_QUERIES; ++r) {
@@ -173,8 +161,9 @@ static inline void tq_merge_put_states(threadgroup const float* from, uint lane,
 }
 
 // One threadgroup: part `group.x` of the positions, tile group.y % tiles of the query rows of KV head group.y / tiles,
-// in sequence group.z. A KV head's query rows are counted token by token, the heads of its group in each. scratch:
-// TQ_STATE_FLOATS for half of the simdgroups.
+// in sequence group.z. A KV head's query rows are counted token by token, the heads of its group in each.
+//
+// scratch: TQ_STATE_FLOATS for half of the simdgroups.
 kernel void tq_attend(device const TQ_INPUT* q [[buffer(0)]], device const uchar* k_codes [[buffer(1)]],
                       device const float* k_norms [[buffer(2)]], device const half* k_means [[buffer(3)]],
                       device const half* k_tail [[buffer(4)]], device const uchar* v_codes [[buffer(5)]],

@@ -11,9 +11,8 @@ using namespace metal;
 template <uint bits, uint low, uint high, bool has_means>
 static inline void tq_decode_row(thread const TqStore& store, constant TqDecodeParams& params, int position, int first,
                                  uint lane, thread TqRow& row) {
-  const bool is_sink = position >= first && position < first + int(params.sink_length);
-  if (TQ_TAIL && (is_sink || position >= int(params.coded))) {
-    const uint at = is_sink ? uint(position - first) : params.sink_length + uint(position) % params.tail_slots;
+  if (TQ_TAIL && (tq_is_sink(position, first, params.sink_length) || position >= int(params.coded))) {
+    const uint at = tq_tail_row(position, first, params.sink_length, params.tail_slots);
     tq_load(store.tail + at * TQ_HEAD_DIM, lane, row);
     return;
   }

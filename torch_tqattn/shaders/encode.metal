@@ -21,15 +21,6 @@ struct TqTarget {
   float norm_factor;
 };
 
-static inline bool tq_is_sink(int position, thread const TqTarget& target, constant TqEncodeParams& params) {
-  return position >= target.first && position < target.first + int(params.sink_length);
-}
-
-static inline uint tq_tail_row(int position, thread const TqTarget& target, constant TqEncodeParams& params) {
-  if (tq_is_sink(position, target, params)) return uint(position - target.first);
-  return params.sink_length + uint(position) % params.tail_slots;
-}
-
 // The rotated row of a position that has not been coded; half precision if it goes through the tail. All lanes of the
 // simdgroup call it together; padding gives zeros.
 static inline void tq_fetch(int position, thread const TqTarget& target, constant TqEncodeParams& params, uint lane,
@@ -41,7 +32,9 @@ static inline void tq_fetch(int position, thread const TqTarget& target, constan
     tq_clear(row);
   }
   tq_rotate(lane, row);
-  if (!is_new && TQ_TAIL) tq_load(target.tail + tq_tail_row(position, target, params) * TQ_HEAD_DIM, lane, row);
+  if (!is_new && TQ_TAIL)
+    tq_load(target.tail + tq_tail_row(position, target.first, params.sink_length, params.tail_slots) * TQ_HEAD_DIM,
+            lane, row);
   if (is_new && TQ_TAIL && params.block_size != 0) {
 #pragma unroll
     for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] = float(half(tq_saturated(row.x[i])));
@@ -195,11 +188,11 @@ kernel void tq_keep(device const TQ_INPUT* k [[buffer(0)]], device const TQ_INPU
   tq_load(target.x + ulong(position - int(params.position)) * TQ_HEAD_DIM, lane, row);
   tq_rotate(lane, row);
   if (position < target.first) tq_clear(row);
-  const bool is_sink = tq_is_sink(position, target, params);
+  const bool is_sink = tq_is_sink(position, target.first, params.sink_length);
   if (is_there && is_sink) tq_store_half(target.tail + uint(position - target.first) * TQ_HEAD_DIM, lane, row);
   if (is_sink) tq_clear(row);  // its row of the ring is not read
   if (is_there && params.block_size != 0 && position >= int(params.coded_end)) {
-    const uint at = params.sink_length + uint(position) % params.tail_slots;
+    const uint at = tq_ring_row(position, params.sink_length, params.tail_slots);
     tq_store_half(target.tail + at * TQ_HEAD_DIM, lane, row);
   }
 }

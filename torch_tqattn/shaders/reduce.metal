@@ -36,9 +36,7 @@ kernel void tq_reduce(device const float* partials [[buffer(0)]], device const f
     tq_load(partials + (ulong(row) * params.splits + split) * TQ_HEAD_DIM, lane, part);
     tq_merge(sums[2 * split + 1], sums[2 * split], part, state);
   }
-  const float factor = state.sum != 0.0f ? 1.0f / state.sum : 0.0f;
-#pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) state.out.x[i] *= factor;
+  tq_scale(state.sum != 0.0f ? 1.0f / state.sum : 0.0f, state.out);
   if (params.undo_rotation != 0) tq_undo_rotation(lane, state.out);
   if (index >= params.rows) return;
   tq_store(out + to * TQ_HEAD_DIM, lane, state.out);

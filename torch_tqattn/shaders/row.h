@@ -48,6 +48,16 @@ static inline void tq_clear(thread TqRow& row) {
   for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] = 0.0f;
 }
 
+static inline void tq_scale(float factor, thread TqRow& row) {
+#pragma unroll
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] *= factor;
+}
+
+static inline void tq_add(float factor, thread const TqRow& row, thread TqRow& out) {
+#pragma unroll
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) out.x[i] = fma(factor, row.x[i], out.x[i]);
+}
+
 // The sum of what the `lanes` neighbouring lanes (a power of two) have, in all of them.
 static inline float tq_sum(float x, uint lanes) {
 #pragma unroll
@@ -169,9 +179,7 @@ static inline void tq_hadamard(uint lane, thread TqRow& row) {
   row = mixed;
   if (!tq_is_used(lane)) tq_clear(row);
 #endif
-  const float factor = 1.0f / precise::sqrt(float(TQ_HEAD_DIM));
-#pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] *= factor;
+  tq_scale(1.0f / precise::sqrt(float(TQ_HEAD_DIM)), row);
 }
 
 static inline void tq_rotate(uint lane, thread TqRow& row) {

@@ -45,3 +45,23 @@ static inline void tq_load_slot(thread const TqStore& store, uint slot, uint lan
     numbers.norm = store.norms[slot * TQ_NORM_GROUPS + tq_place(lane) / TQ_GROUP_LANES];
   }
 }
+
+// A row of the dense tail.
+static inline void tq_load_tail(thread const TqStore& store, uint at, uint lane, thread TqNumbers& numbers) {
+  tq_load(store.tail + at * TQ_HEAD_DIM, lane, numbers.row);
+  numbers.norm = 1.0f;
+}
+
+// Where positions are in the dense tail: `first` is the sequence's first that is no padding, ring the tail's rows for
+// the newest tokens, which come after those of the first tokens.
+static inline bool tq_is_sink(int position, int first, uint sink_length) {
+  return position >= first && position < first + int(sink_length);
+}
+
+static inline uint tq_ring_row(int position, uint sink_length, uint ring) {
+  return sink_length + uint(position) % ring;
+}
+
+static inline uint tq_tail_row(int position, int first, uint sink_length, uint ring) {
+  return tq_is_sink(position, first, sink_length) ? uint(position - first) : tq_ring_row(position, sink_length, ring);
+}

@@ -1,8 +1,9 @@
 // Attention walks the positions in tiles, each within one block. A tile's keys (then values) are decoded once into a
 // small dense buffer, and every query that shares the KV head uses it: plain dense attention on a tile that stays in
 // the first-level cache. Norms are left to the logits and the weights, which are far fewer than the numbers; and so are
-// the block's means: q . mean is one more number for each query, and the tile's total weight is the value mean's. Part
-// of kernels_impl.h: compiled once for each instruction set.
+// the block's means: q . mean is one more number for each query, and the block's total weight is the value mean's.
+//
+// Part of kernels_impl.h: compiled once for each instruction set.
 
 constexpr int kMaxTile = 64;
 constexpr int kTileFloats = 8192;         // 32 KiB: positions a tile times head_dim
