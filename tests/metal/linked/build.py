@@ -26,7 +26,8 @@ from metal.hosted.objects import (
 
 from . import torch_wheel
 
-TARGET = "aarch64-macos.14.0"
+MACOS = "14.0"
+TARGET = f"aarch64-macos.{MACOS}"
 # Where a wheel puts the library and torch's, seen from the library.
 RPATH = "@loader_path/../torch/lib"
 # zig has all of it.
@@ -52,7 +53,7 @@ def extension_for_macos() -> Any:
     return extension
 
 
-def _language(torch: Path) -> str:
+def language(torch: Path) -> str:
     """The flag for the C++ version that this torch compiles extensions with."""
     flags = set(re.findall(r"-std=c\+\+\d+", (torch / "utils" / "cpp_extension.py").read_text()))
     (flag,) = flags
@@ -82,7 +83,7 @@ def library(version: str) -> Path:
     sources = [ROOT / source for source in sorted(extension.sources)]
     include = [str(torch / "include"), str(torch / "include/torch/csrc/api/include")]
     flags = [
-        *["-target", TARGET, _language(torch), "-g0", "-fblocks", "-Werror"],
+        *["-target", TARGET, language(torch), "-g0", "-fblocks", "-Werror"],
         # torch's libraries do without it, so the stub of macOS's C++ library does not have it.
         "-fno-sized-deallocation",
         # zig's C++ library is the newest; with these it uses nothing that macOS 14's does not have.

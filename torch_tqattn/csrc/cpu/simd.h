@@ -132,7 +132,7 @@ struct LevelTable {
   const Codebook* codebook;
 };
 
-TQ_INLINE FloatVec look_up(const LevelTable& table, const uint8_t* codes, int bits) {
+TQ_INLINE FloatVec look_up(const LevelTable& table, const uint8_t* codes, [[maybe_unused]] int bits) {
 #if defined(TQ_ISA_AVX512)
   const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
   const float* levels = table.levels;
