@@ -1,4 +1,4 @@
-# Everything runs in a virtual environment of its own; `make test` and `make demo` make it.
+# Everything runs in a virtual environment of its own; every target makes it.
 PYTHON ?= python3
 VENV ?= .venv
 # The release that is tested; any from 2.11 on works.
@@ -7,12 +7,19 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE_TEXT := find torch_tqattn tests/metal -name '*.cpp' -o -name '*.h' -o -name '*.mm' -o -name '*.metal' | grep -v tables.h
+WORKFLOWS := $(wildcard .github/workflows/*.yml)
 NATIVE := $(shell find torch_tqattn/csrc torch_tqattn/shaders -type f) setup.py pyproject.toml
 
-.PHONY: demo test test-quick test-metal check-metal lint format bench tables clean
+.PHONY: demo install doctor test test-quick test-metal test-mutations check-metal check-sdk lint format bench tables clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/decode_loop.py
+
+install: $(INSTALLED)
+
+# What a bug report needs, and every operator on every device that is here.
+doctor: $(INSTALLED)
+	$(BIN)/python -m torch_tqattn doctor
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
@@ -21,18 +28,30 @@ test-quick: $(INSTALLED)
 	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -m "not slow"
 
 # The tests that take a device, on mps tensors: on Linux those of a double of Metal. Compiles hundreds of shaders.
+# MODE=race looks for races, at a third of the speed.
+MODE ?= plain
 test-metal: $(INSTALLED)
-	TQATTN_HOSTED_MPS=1 HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -m "not slow" -k mps
+	TQATTN_HOSTED_MPS=1 TQATTN_METAL_MODE=$(MODE) HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -m "not slow" -k mps
+
+# Faults in shaders, launch plans and Objective-C++, each of which the tests have to notice.
+test-mutations: $(INSTALLED)
+	$(BIN)/python tests/metal/mutations.py
 
 # The shaders under the rules of Apple's language.
 check-metal: $(INSTALLED)
 	$(BIN)/python tests/metal/strict/check.py
+
+# The Objective-C++ with Apple's own headers: make check-sdk SDK=.../MacOSX.sdk, from Xcode 15 or newer.
+check-sdk: $(INSTALLED)
+	$(BIN)/python tests/metal/linked/sdk.py $(or $(SDK),$(error set SDK to the folder of a macOS SDK))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(NATIVE_TEXT) | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)
+	$(BIN)/zizmor --offline --quiet .github
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -49,6 +68,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info torch_tqattn/_C*.so
 
 $(INSTALLED): $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 is needed: make PYTHON=python3.13")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja
 	$(BIN)/python -m pip install --quiet '$(TORCH)'

@@ -22,6 +22,7 @@ if sys.platform == "darwin":
     compile_args += ["-fno-objc-arc", "-DTQATTN_MPS", f"-I{GENERATED.resolve()}"]
     link_args += ["-framework", "Metal", "-framework", "Foundation"]
     os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", "14.0")  # torch's own
+    os.environ.setdefault("ARCHFLAGS", "-arch arm64")  # a universal Python would compile for Intel too
     subprocess.run([sys.executable, "scripts/embed_shaders.py", str(GENERATED / "shader_sources.h")], check=True)
 else:
     # Only the compiler gets the flag: the OpenMP runtime must be the one that PyTorch has already loaded.

@@ -12,8 +12,12 @@ import torch
 
 if os.environ.get("TQATTN_HOSTED_MPS"):  # a double of Metal and of torch's MPS device; see metal/hosted
     import metal.hosted
+    from metal.hosted.objects import MissingToolError
 
-    metal.hosted.load()
+    try:
+        metal.hosted.load()
+    except MissingToolError as error:
+        pytest.exit(str(error), returncode=2)
 
 import torch_tqattn  # noqa: F401  (loads the operators)
 
@@ -27,6 +31,15 @@ if torch.backends.mps.is_available():
     DEVICES.append("mps")
 if torch.cuda.is_available():
     DEVICES.append("cuda")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run one of N of the selected tests")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = items[:: config.getoption("--every")]
 
 
 @pytest.fixture(params=DEVICES)

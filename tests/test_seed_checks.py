@@ -99,7 +99,7 @@ def smaller(x: Tensor) -> Tensor:
 
 
 def to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda x: x.to(dtype)
+    return lambda x: x.to(torch.int64 if x.is_mps and dtype == torch.float64 else dtype)  # mps has no float64
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 import argparse
 
+from . import doctor
 from .fidelity import command, plan_command
 
-COMMANDS = {"eval": command, "plan": plan_command}
+COMMANDS = {"doctor": doctor, "eval": command, "plan": plan_command}
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ struct TqTarget {
 };
 
 // The rotated row of a position that has not been coded; half precision if it goes through the tail. All lanes of the
-// simdgroup call it together; padding gives zeros.
+// simdgroup call it together.
 static inline void tq_fetch(int position, thread const TqTarget& target, constant TqEncodeParams& params, uint lane,
                             thread TqRow& row) {
   const bool is_new = position >= int(params.position);
@@ -39,7 +39,6 @@ static inline void tq_fetch(int position, thread const TqTarget& target, constan
 #pragma unroll
     for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] = float(half(tq_saturated(row.x[i])));
   }
-  if (position < target.first) tq_clear(row);
 }
 
 static inline bool tq_is_finite(thread const TqRow& row) {

@@ -165,11 +165,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=MODES, default="plain")
     parser.add_argument("-D", dest="macros", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--replace", nargs=2, metavar=("OLD", "NEW"), help="a fault to put into the text")
     parser.add_argument("file", nargs="?", type=Path)
     arguments = parser.parse_args()
     macros = {name: value or "1" for name, _, value in (macro.partition("=") for macro in arguments.macros)}
+    shader = arguments.file or sys.stdin.read()
+    if arguments.replace:
+        text = shader.read_text() if isinstance(shader, Path) else shader
+        shader = text.replace(*arguments.replace)
     try:
-        print(compile_shader(arguments.file or sys.stdin.read(), macros, arguments.mode))
+        print(compile_shader(shader, macros, arguments.mode))
     except (CompileError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1

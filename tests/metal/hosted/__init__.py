@@ -5,10 +5,11 @@ asks once:
     import metal.hosted
     metal.hosted.load()
 
-or run any tests under it: python -m metal.hosted tests/test_ops.py
+or run any tests under it: TQATTN_HOSTED_MPS=1 pytest -k mps
 
-It executes kernels with the compiler of metal/executed. It cannot show that Apple's compiler takes the shaders, what a
-GPU's numbers and races are, or how fast anything is.
+It executes kernels with the compiler of metal/executed, which $TQATTN_METAL_MODE makes look for races ("race") or
+memory errors ("sanitised"; process.py says what else that needs). It cannot show that Apple's compiler takes the
+shaders, what a GPU's numbers and races are, or how fast anything is.
 """
 
 import os
@@ -16,6 +17,8 @@ import shlex
 import sys
 
 import torch
+
+from metal import mutations
 
 from . import build
 
@@ -31,7 +34,7 @@ def load() -> None:
     use_compiler()
     import torch_tqattn  # noqa: F401  (registers the operators that the backend implements)
 
-    torch.ops.load_library(build.backend())
+    torch.ops.load_library(build.backend(mutations.current()))
 
 
 def _storage_to_mps(storage: torch.UntypedStorage) -> torch.UntypedStorage:
@@ -40,7 +43,10 @@ def _storage_to_mps(storage: torch.UntypedStorage) -> torch.UntypedStorage:
 
 
 def use_compiler() -> None:
-    """Lets the double compile shaders as the executed proof does; $TQATTN_METAL_MODE may be race, to look for races."""
-    mode = os.environ.get("TQATTN_METAL_MODE", "plain")
-    command = [sys.executable, str(COMPILER), "--mode", mode]
-    torch.ops.metal_double.set_compiler(shlex.join(command))
+    """Lets the double compile shaders as the executed proof does, with a fault of metal/mutations.py if one is set."""
+    command = [sys.executable, str(COMPILER), "--mode", os.environ.get("TQATTN_METAL_MODE", "plain")]
+    mutation = mutations.current()
+    if mutation is not None and mutation.is_of_shader:
+        command += ["--replace", mutation.old, mutation.new]
+    # The sanitisers' libraries are for this process, not for the compiler.
+    torch.ops.metal_double.set_compiler(f"env -u LD_PRELOAD {shlex.join(command)}")

@@ -5,6 +5,7 @@
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/TensorFactories.h>
 #include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -12,6 +13,7 @@
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_as_real_native.h>
 #include <ATen/ops/view_native.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
@@ -58,6 +60,14 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   Stream getDefaultStream(Device) const override { return Stream(Stream::DEFAULT, kDevice); }
   Stream exchangeStream(Stream) const override { return Stream(Stream::DEFAULT, kDevice); }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  // There is one stream, and whoever asks for an event has all that came before it.
+  void record(void** event, const Stream&, c10::DeviceIndex, c10::EventFlag) const override { *event = &allocator; }
+  void block(void*, const Stream&) const override {}
+  bool queryEvent(void*) const override {
+    synchronize();
+    return true;
+  }
+  void synchronizeEvent(void*) const override { synchronize(); }
 };
 
 struct Hooks final : at::MPSHooksInterface {
@@ -127,6 +137,7 @@ at::Scalar local_scalar(const Tensor& x) {
 }
 
 const Tensor& resize_(const Tensor& self, IntArrayRef sizes, std::optional<at::MemoryFormat>) {
+  if (self.sizes() == sizes) return self;  // strides stay too
   self.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
   c10::StorageImpl* storage = self.storage().unsafeGetStorageImpl();
   const size_t bytes = (self.numel() + self.storage_offset()) * self.element_size(), had = storage->nbytes();
@@ -136,6 +147,16 @@ const Tensor& resize_(const Tensor& self, IntArrayRef sizes, std::optional<at::M
   storage->set_data_ptr_noswap(std::move(data));
   storage->set_nbytes(bytes);
   return self;
+}
+
+// torch's own chooses a kernel by a table that has no row for mps where torch is built without it.
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double dropout,
+                 bool is_causal, std::optional<double> scale, bool enable_gqa) {
+  std::optional<Tensor> added = mask;
+  if (mask.has_value() && mask->scalar_type() == at::kBool) {
+    added = at::zeros(mask->sizes(), q.options()).masked_fill(mask->logical_not(), -INFINITY);
+  }
+  return std::get<0>(at::_scaled_dot_product_attention_math(q, k, v, added, dropout, is_causal, {}, scale, enable_gqa));
 }
 
 void fall_back(const c10::OperatorHandle& op, torch::jit::Stack* stack) { at::native::cpu_fallback(op, stack); }
@@ -150,6 +171,7 @@ TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("_local_scalar_dense", local_scalar);
   m.impl("resize_", resize_);
+  m.impl("scaled_dot_product_attention", attention);
   m.impl("as_strided", at::native::as_strided_tensorimpl);
   m.impl("view", at::native::view);
   m.impl("_reshape_alias", at::native::_reshape_alias);

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from metal.mutations import Mutation
+
 from .objects import (
     BUILD,
     HEADERS,
@@ -78,9 +80,23 @@ def double() -> Path:
     return _link("double", [*sorted(HERE.glob("*.mm")), HERE / "aten.cpp"], [], [])
 
 
-def backend() -> Path:
-    """The library of torch_tqattn's MPS backend: load it after the double and after torch_tqattn's own."""
+def backend(mutation: Mutation | None = None) -> Path:
+    """The library of torch_tqattn's MPS backend, with this fault unless it is one of a shader: load it after the double
+    and after torch_tqattn's own."""
     prelude = HERE / "operators_for_mps.h"
     sources = [path for path in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("gpu/*.cpp")]) if path.name not in SHARED]
+    sources += sorted((CSRC / "mps").glob("*.mm"))
     flags = [f"-I{embed_shaders()}", "-include", str(prelude), f"-DPRELUDE={digest([prelude.read_bytes()])}"]
-    return link("backend", [*sources, *sorted((CSRC / "mps").glob("*.mm"))], flags)
+    if mutation is not None and not mutation.is_of_shader:
+        return _mutated_backend(sources, flags, mutation)
+    return link("backend", sources, flags)
+
+
+def _mutated_backend(sources: list[Path], flags: list[str], mutation: Mutation) -> Path:
+    text = mutation.mutated()
+    copy = BUILD / "mutations" / digest([text]) / mutation.path.name
+    make(copy, lambda output: output.write_text(text))
+    # Its own folder's headers, which it includes in quotes.
+    (object_file,) = compile_all([copy], [*_flags(), *flags, f"-I{mutation.path.parent}"], copy.parent)
+    others = [path for path in sources if path != mutation.path]
+    return _link("backend", others, flags, [object_file, double()])

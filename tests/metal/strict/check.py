@@ -123,7 +123,10 @@ def main() -> int:
     problems: set[Problem] = set()
     for path in arguments.files or sorted(source.SHADERS.glob("*.metal")):
         for specialisation in [macros] if macros else _specialisations(path):
-            problems.update(check(path, specialisation))
+            try:
+                problems.update(check(path, specialisation))
+            except RuntimeError as error:  # no libclang
+                parser.exit(2, f"{error}\n")
     for problem in sorted(problems):
         print(problem)
     return 1 if problems else 0

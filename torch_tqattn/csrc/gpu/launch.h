@@ -21,7 +21,13 @@ struct Kernel {
 // What is bound at one buffer index: a tensor on the device, or a few bytes.
 struct Argument {
   // `alignment`: in bytes, that the kernel's loads need beyond that of the tensor's numbers.
-  explicit Argument(const at::Tensor& x, int64_t alignment = 1) : tensor(x), alignment(alignment) {}
+  explicit Argument(const at::Tensor& x, int64_t alignment = 1) : alignment(alignment) {
+    if (x.numel() > 0) {
+      tensor = x;
+    } else {
+      bytes = kNothing;  // no numbers, no buffer
+    }
+  }
 
   template <typename T>
   static Argument value(const T& x) {
@@ -31,13 +37,15 @@ struct Argument {
   }
 
   // For a pointer that the kernel does not follow: every index that it declares has to be bound.
-  static Argument unused() { return value(std::array<uint32_t, 4>{}); }
+  static Argument unused() { return Argument(kNothing); }
 
   at::Tensor tensor;  // undefined: bytes
   int64_t alignment = 1;
   std::vector<uint8_t> bytes;
 
  private:
+  static inline const std::vector<uint8_t> kNothing = std::vector<uint8_t>(16);
+
   explicit Argument(std::vector<uint8_t> value) : bytes(std::move(value)) {}
 };
 

@@ -1,0 +1,236 @@
+"""Every kernel on mps tensors against the CPU's operators, in samples that together have every head dim, every format
+of K and of V and every feature. Made for the double, with its checks of races or memory errors.
+"""
+
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import pytest
+import torch
+from oracle import float32_bound, relative_error
+from torch import Tensor
+
+import torch_tqattn as tq
+from torch_tqattn import format as fmt
+
+tqattn = torch.ops.tqattn
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+KV_HEADS = 2
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A cache, what is appended to it, and how it is attended to."""
+
+    head_dim: int
+    k_format: str
+    v_format: str
+    k_type: torch.dtype
+    v_type: torch.dtype
+    settings: dict[str, Any]  # of KVCache
+    parts: tuple[int, ...]  # tokens appended at a time
+    padding: tuple[int, int] | None
+    options: dict[str, Any]  # of attention; "sinks" and "attn_mask" only say that there are some
+
+    def __str__(self) -> str:
+        names = [*self.settings, *self.options, *(["padding"] if self.padding else [])]
+        return f"{self.head_dim}-{self.k_format}-{self.v_format}-{'-'.join(names)}"
+
+    def cache(self, device: str, more_tokens: int = 0) -> tq.KVCache:
+        """An empty cache with room for what is appended, and for so many tokens more."""
+        sizes = (BATCH, KV_HEADS, self.head_dim, sum(self.parts) + more_tokens)
+        return tq.KVCache(*sizes, self.k_format, self.v_format, device=device, **self.settings)
+
+    def attention_options(self, queries: int, heads: int, positions: int) -> dict[str, Any]:
+        options = dict(self.options)
+        if "sinks" in options:
+            options["sinks"] = torch.randn(heads)
+        if "attn_mask" in options:
+            options["attn_mask"] = torch.rand(BATCH, queries, positions) > 0.3
+        return options
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"block_size": 16},
+    {"block_size": 0, "sink_length": 0},
+    {"block_size": 32, "residual_length": 40, "sink_length": 0},
+    {"block_size": 16, "window": 40, "encode": "best"},
+    {"block_size": 0, "sink_length": 9, "encode": "plain"},
+    {"block_size": 8, "window": 500, "sink_length": 12},
+]
+# The last one has parts of four simdgroups each.
+PARTS = [(70, 1, 1, 30), (33,), (1, 17, 60), (100, 2, 50), (290, 3)]
+PADDING = [None, (5, 0), None, (0, 61)]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"softcap": 3.0},
+    {"sinks": True},
+    {"attn_mask": True, "scale": 0.3},
+    {"sinks": True, "attn_mask": True, "softcap": 2.0},
+]
+
+
+def _samples() -> list[Sample]:
+    names = list(fmt.FORMATS)
+    pairs = list(zip(names, names[4:] + names[:4], strict=True)) * 2 + [("tq4", "tq4"), ("tq8", "tq4"), ("f16", "f16")]
+    lists = (fmt.HEAD_DIMS, TYPES, TYPES[1:] + TYPES[:1] * 3, SETTINGS, PARTS, PADDING, OPTIONS)
+    columns = [cycle(values) for values in lists]
+    rows = zip(pairs, *columns, strict=False)  # the columns go on for ever
+    return [Sample(head_dim, *pair, *rest) for pair, head_dim, *rest in rows]
+
+
+SAMPLES = _samples()
+
+
+def on_mps(value: Any) -> Any:
+    return value.to("mps") if isinstance(value, Tensor) else value
+
+
+def encode_on_both(sample: Sample, more_tokens: int = 0) -> tuple[tq.KVCache, tq.KVCache]:
+    """The caches of the CPU and of mps after all parts."""
+    caches = sample.cache("cpu", more_tokens), sample.cache("mps", more_tokens)
+    for i, tokens in enumerate(sample.parts):
+        k, v = torch.randn(2, BATCH, KV_HEADS, tokens, sample.head_dim)
+        k, v = (k + 0.5).to(sample.k_type), v.to(sample.v_type)
+        padding = sample.padding if i == 0 else None
+        for cache in caches:
+            cache.append(k.to(cache.device), v.to(cache.device), padding)
+    return caches
+
+
+def check_attention(sample: Sample, q: Tensor, options: dict[str, Any], cpu: tq.KVCache, mps: tq.KVCache) -> None:
+    expected, expected_lse = tq.attention(q, cpu, return_lse=True, **options)
+    out, lse = tq.attention(
+        q.to("mps"), mps, return_lse=True, **{name: on_mps(value) for name, value in options.items()}
+    )
+    # Two computations in float32, each within the bound.
+    assert relative_error(out, expected) < 2 * float32_bound(len(cpu))
+    assert torch.equal(lse.cpu().isneginf(), expected_lse.isneginf())
+    seen = expected_lse.isfinite()
+    assert (lse.cpu() - expected_lse)[seen].abs().max() < 4e-5
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_a_cache(sample: Sample) -> None:
+    cpu, mps = encode_on_both(sample)
+    for x, y, name in zip(mps.dense(), cpu.dense(), (sample.k_format, sample.v_format), strict=True):
+        # The last bit of float32 decides now and then how a number rounds to half, or to which side of a threshold.
+        is_apart = (x.cpu() - y).norm(dim=-1) > 2**-9 * y.norm(dim=-1)
+        assert is_apart.float().mean() < 0.03, name
+    states = cpu.state_dict()["tensors"], mps.state_dict()["tensors"]
+    for name in {"k_means", "v_means"} & states[0].keys():
+        assert relative_error(states[1][name], states[0][name]) < 2**-11  # half's rounding
+    mps.load_state_dict(cpu.state_dict())  # from here on the same bytes
+    for x, y in zip(mps.dense(), cpu.dense(), strict=True):
+        assert relative_error(x, y) < 1e-6
+    for heads, queries in ((KV_HEADS, 1), (3 * KV_HEADS, 5)):
+        seen = len(cpu) if cpu.config.window is None else cpu._length - cpu._begin(queries)
+        q = torch.randn(BATCH, heads, queries, sample.head_dim)
+        check_attention(sample, q, sample.attention_options(queries, heads, seen), cpu, mps)
+
+
+@pytest.mark.parametrize("sample", SAMPLES[::6], ids=str)
+def test_a_step(sample: Sample) -> None:
+    cpu, mps = encode_on_both(sample, more_tokens=10)
+    mps.load_state_dict(cpu.state_dict())
+    for tokens in (1, 9):
+        q = torch.randn(BATCH, 3 * KV_HEADS, tokens, sample.head_dim)
+        k, v = torch.randn(2, BATCH, KV_HEADS, tokens, sample.head_dim)
+        expected, _ = cpu.step(q, k, v)
+        out, _ = mps.step(q.to("mps"), k.to("mps"), v.to("mps"))
+        # A code here and there is another one.
+        assert relative_error(out, expected) < 1e-2
+        assert len(mps) == len(cpu)
+
+
+@pytest.mark.parametrize("block_size", [0, 8])
+@pytest.mark.parametrize("storage", ["tq6", "f16"])
+def test_special_numbers(block_size: int, storage: str) -> None:
+    x = torch.randn(BATCH, KV_HEADS, 41, 64) + 1
+    x[:, :, 7], x[:, :, 12] = 0, x[:, :, 12] * 1e6
+    x[0, :, 20, 3], x[1, :, 30, 4], x[:, 0, 40] = float("nan"), float("inf"), -1e6
+    caches = [
+        tq.KVCache(BATCH, KV_HEADS, 64, 48, storage, storage, device, block_size=block_size, sink_length=2)
+        for device in ("cpu", "mps")
+    ]
+    for cache in caches:
+        cache.append(x.to(cache.device), x.to(cache.device))
+    for expected, got in zip(caches[0].dense(), caches[1].dense(), strict=True):
+        got = got.cpu()
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.isinf(), expected.isinf())
+        rows = expected.isfinite().all(-1)
+        is_apart = (got - expected)[rows].norm(dim=-1) > 2**-9 * expected[rows].norm(dim=-1)
+        assert is_apart.float().mean() < 0.03
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_lengths(causal: bool) -> None:
+    cpu, mps = encode_on_both(SAMPLES[1])
+    lengths = torch.tensor([20, 33], dtype=torch.int32)
+    outs = []
+    for cache in (cpu, mps):
+        cache.load_state_dict(cpu.state_dict())
+        torch.manual_seed(1)
+        q = torch.randn(BATCH, KV_HEADS, 3, SAMPLES[1].head_dim).to(cache.device)
+        held = {"start": 0, "coded": 33, "length": 33, "lengths": lengths.to(cache.device), "causal": causal}
+        outs.append(tqattn.attend(q, *cache._stores(), **held))
+    for x, y in zip(*outs, strict=True):
+        assert relative_error(y, x) < 2 * float32_bound(33)
+
+
+def test_the_samples_have_everything() -> None:
+    assert {s.head_dim for s in SAMPLES} == set(fmt.HEAD_DIMS)
+    assert {s.k_format for s in SAMPLES} == {s.v_format for s in SAMPLES} == set(fmt.FORMATS)
+    assert {s.k_type for s in SAMPLES} == {s.v_type for s in SAMPLES} == set(TYPES)
+    assert {str(s.settings) for s in SAMPLES} == {str(s) for s in SETTINGS}
+    assert {str(s.options) for s in SAMPLES} == {str(o) for o in OPTIONS}
+    assert {s.parts for s in SAMPLES} == set(PARTS)
+
+
+# The seeds' operators
+
+
+def seed_calls(op: str, q: Tensor, head_dim: int, bits: int, nwg: int, nsg: int) -> Tensor:
+    """One call of that operator, on the device of q."""
+    length = 300
+    x = torch.randn(2, 1, length, head_dim).to(q.device)
+    rows = head_dim // 2 if op == "flash_attn_vec_tq" else head_dim
+    packed = torch.zeros(2, 1, length, rows, dtype=torch.uint8, device=q.device)
+    norms = torch.zeros((2, 1, length) if head_dim == 256 else (2, 1, length, 2), device=q.device)
+    options: dict[str, Any] = {"mask_type": 2, "sliding_window": 280, "softcap": 5.0, "nwg": nwg}
+    for side in range(2):
+        if op == "flash_attn_vec_tq":
+            tqattn.hadamard_quantize_kv(x[side], packed[side], norms[side], 0)
+        else:
+            tqattn.hadamard_quantize_kv_hb(x[side], packed[side], norms[side], 0, bits)
+    if op == "flash_attn_vec_tq":
+        return tqattn.flash_attn_vec_tq(q, packed[0], norms[0], packed[1], norms[1], length, 0.05, **options)
+    options |= {"nsg": nsg, "fuse_fwht_pre": True}
+    if op == "flash_attn_vec_hybrid":
+        k = tqattn.fwht_sign_premult(x[0]).half()
+        return tqattn.flash_attn_vec_hybrid(q, k, packed[1], norms[1], length, 0.05, bits, **options)
+    call = getattr(tqattn, op)
+    return call(q, packed[0], norms[0], packed[1], norms[1], length, 0.05, bits, **options)
+
+
+@pytest.mark.parametrize(
+    ("op", "bits", "nwg", "nsg"),
+    [
+        ("flash_attn_vec_tq", 4, 16, 1),
+        ("flash_attn_vec_tq_hb", 5, 1, 4),
+        ("flash_attn_vec_tq_hb_with_fused_undo", 6, 32, 4),
+        ("flash_attn_vec_hybrid", 8, 4, 2),
+    ],
+)
+@pytest.mark.parametrize("head_dim", [256, 512])
+def test_the_seeds_operators(op: str, bits: int, nwg: int, nsg: int, head_dim: int) -> None:
+    results = []
+    for device in ("cpu", "mps"):
+        torch.manual_seed(3)
+        q = torch.randn(4, head_dim).to(device)
+        results.append(seed_calls(op, q, head_dim, bits, nwg, nsg))
+    # A tie between two levels falls differently now and then: one code of 300 rows.
+    assert relative_error(results[1], results[0]) < 2e-3
