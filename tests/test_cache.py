@@ -675,10 +675,10 @@ def test_padding_of_a_window(device: str) -> None:
         assert relative_error(tq.attention(q, cache), expected) <= float32_bound(tokens)
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_padding_is_a_list_or_a_tensor(device: str, as_tensor: bool) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.int64, torch.int32], ids=str)
+def test_padding_is_a_list_or_a_tensor(device: str, dtype: torch.dtype | None) -> None:
     k, v = random_kv(device, 3, 1, 30, 64)
-    padding: Any = torch.tensor(PADDING, device=device) if as_tensor else PADDING
+    padding: Any = torch.tensor(PADDING, dtype=dtype, device=device) if dtype else PADDING
     cache = tq.KVCache(3, 1, 64, 30, device=device)
     cache.append(k, v, left_padding=padding)
     assert same_state(cache.state_dict(), filled(k, v, left_padding=PADDING).state_dict())
@@ -1312,3 +1312,50 @@ def test_a_compiled_loop_is_one_graph_that_lengths_do_not_recompile(balanced: bo
         assert torch.equal(compiled(caches[0], q, k, v), loop(caches[1], q, k, v))
     # Lengths 0 and 1 are always special to the compiler; then any length without, and any with, a block that is coded.
     assert counter.frame_count <= 5
+
+
+# Room, device, late padding
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 0}, {"window": 300}, {"window": 300, "block_size": 0}], ids=str)
+def test_growing_is_having_had_the_room(device: str, options: dict[str, Any]) -> None:
+    k, v = torch.randn(2, 2, 2, 900, 64, device=device)
+    padding = [0, 150]
+    small = tq.KVCache(2, 2, 64, 10, device=device, **options)
+    large = tq.KVCache(2, 2, 64, 1000, device=device, **options)
+    for begin, end, capacity in ((0, 10, 10), (10, 140, 140), (140, 141, 290), (141, 900, 1000)):
+        small.grow(capacity)
+        first = padding if begin == 0 else None
+        for cache in (small, large):
+            cache.append(k[:, :, begin:end], v[:, :, begin:end], first)
+        assert all(torch.equal(a, b) for a, b in zip(small.dense(), large.dense(), strict=True))
+    q = torch.randn(2, 4, 1, 64, device=device)
+    assert torch.equal(tq.attention(q, small), tq.attention(q, large))
+    if "window" not in options:  # a ring buffer is as large as it ever will be
+        with pytest.raises(ValueError, match="capacity can only grow: it is 1000, got 999"):
+            small.grow(999)
+
+
+def test_moving_to_a_device_and_back(device: str) -> None:
+    balance = torch.rand(2, 64, device=device) + 0.5
+    cache = tq.KVCache(2, 2, 64, 300, device=device, k_balance=balance)
+    cache.append(*torch.randn(2, 2, 2, 200, 64, device=device), [0, 7])
+    before = cache.dense()
+    cache.to("cpu")
+    assert cache.device == torch.device("cpu")
+    assert all(torch.allclose(a.cpu(), b, atol=1e-5) for a, b in zip(before, cache.dense(), strict=True))
+    cache.to(device)
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.dense(), strict=True))
+
+
+def test_padding_may_go_on_but_not_come_back(device: str) -> None:
+    k, v = torch.randn(2, 2, 2, 300, 64, device=device)
+    whole, parts = (tq.KVCache(2, 2, 64, 300, device=device, block_size=16) for _ in range(2))
+    whole.append(k, v, [5, 100])
+    parts.append(k[:, :, :40], v[:, :, :40], [5, 40])
+    parts.append(k[:, :, 40:90], v[:, :, 40:90], [5, 90])
+    parts.append(k[:, :, 90:], v[:, :, 90:], [5, 100])
+    assert all(torch.equal(a, b) for a, b in zip(whole.dense(), parts.dense(), strict=True))
+    for padding in ([6, 100], [5, 99], [5, 300], [0, 0]):
+        with pytest.raises(ValueError, match="left_padding comes with the first tokens"):
+            parts.append(k[:, :, :1], v[:, :, :1], padding)

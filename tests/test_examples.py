@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from byte_model import ByteModel
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,30 @@ def test_decode_loop_refuses_what_it_does_not_know() -> None:
     done = run("examples/decode_loop.py", "--context", "999999")
     assert done.returncode != 0
     assert "a context of 999999 needs as many" in done.stderr
+
+
+@pytest.mark.slow
+def test_generate(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    options = ["--max-new-tokens", "30", "--k-format", "f16", "--v-format", "f16", "--json", str(result)]
+    done = run("examples/generate.py", *options)
+    assert done.returncode == 0, done.stderr
+    stock, half = json.loads(result.read_text())["rows"]
+    assert (stock["cache"], half["cache"]) == ("stock", "f16/f16")
+    assert half["leading"] == 30
+    assert half["same"] == 1.0
+    # The last token is not fed; 4 layers, 2 sides, 2 heads of 128.
+    assert stock["nbytes"] == (1024 + 29) * 4 * 2 * 2 * 128 * 4
+    assert stock["nbytes"] / 2 <= half["nbytes"] < stock["nbytes"] / 2 * 1.25
+    assert done.stdout.count("and her two daughters in") == 1  # the prompt is not shown again
+
+
+def test_byte_model_is_what_transformers_loads() -> None:
+    text = (ROOT / "examples" / "model" / "heldout.txt").read_bytes()[:300]
+    tokens = torch.tensor([list(text)])
+    model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "model", dtype=torch.float32)
+    expected = ByteModel.from_pretrained(ROOT / "examples" / "model")(tokens)
+    assert (model(tokens).logits - expected).abs().max() <= 1e-3
 
 
 @pytest.mark.slow

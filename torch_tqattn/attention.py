@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import format as fmt
-from .cache import MAX_WINDOW_QUERIES, CacheConfig, KVCache, _three_dimensional
+from .cache import CacheConfig, KVCache
 
 
 @overload
@@ -77,23 +77,16 @@ def attention(
             f"q has {q.shape[2]} tokens but the cache holds {len(cache)}: queries belong to the cache's newest tokens, "
             "append their keys and values first"
         )
-    out, lse = torch.ops.tqattn.attend(
-        cache._balanced_queries(q),
-        *cache._stores(),
-        start=cache._begin(q.shape[2]),
-        coded=cache._coded,
-        length=cache._length,
-        block_size=cache.config.block,
-        sink_length=cache.config.sink_rows,
+    out, lse = cache._attend(
+        q,
+        cache._begin(q.shape[2]),
         scale=scale,
         softcap=softcap,
-        window=cache.config.window or 0,
         sinks=sinks,
-        mask=_three_dimensional(attn_mask),
-        starts=cache._starts,
+        mask=attn_mask,
+        window=cache.config.window or 0,
         causal=causal,
     )
-    out = out.to(q.dtype)  # balanced queries are float32
     return (out, lse) if return_lse else out
 
 
@@ -205,9 +198,7 @@ class TQAttention(nn.Module):
         done = 0
         while done < q.shape[2] or not outs:
             # Cut where blocks are coded: a query then sees its own block dense, as it does when tokens come one by one.
-            chunk = min(q.shape[2] - done, cache.tokens_before_coding())
-            if cache.config.is_ring:
-                chunk = min(chunk, MAX_WINDOW_QUERIES)
+            chunk = min(q.shape[2] - done, cache._tokens_at_once())
             part = slice(done, done + chunk)
             done += chunk
             mask = attn_mask

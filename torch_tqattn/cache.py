@@ -1,8 +1,9 @@
 """KVCache: a TurboQuant-compressed key-value cache of one attention layer."""
 
+import copy
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -126,6 +127,15 @@ class _Side:
             tail=half(*lead, tail_rows, config.head_dim) if tail_rows else None,
         )
 
+    def grow(self, config: CacheConfig, storage: fmt.Format) -> None:
+        """Make the buffers those of `config`, which has more slots, one after the other; slot p stays slot p."""
+        larger = _Side.allocate(config, storage, "meta").buffers()
+        for name, buffer in self.buffers().items():
+            if buffer.shape != larger[name].shape:
+                grown = torch.zeros_like(larger[name], device=buffer.device)
+                grown[:, :, : buffer.shape[2]] = buffer
+                setattr(self, name, grown)
+
     def buffers(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
@@ -199,6 +209,7 @@ class KVCache:
         self._stored = 0  # the first position whose codes have not been overwritten
         self._first = 0  # the first position that may still be seen
         self._starts: Tensor | None = None  # int32 [batch]: the first token after the padding
+        self._most_padding = 0  # the last of the starts, or what it was before `select`
 
     # What it holds
 
@@ -230,8 +241,7 @@ class KVCache:
 
         Padding comes out as zeros.
         """
-        k, v = self._decode(self._begin(1), rotated=False)
-        return k if self.k_balance is None else k / self.k_balance[:, None], v
+        return self._dense(self._begin(1))
 
     # Writing
 
@@ -240,8 +250,8 @@ class KVCache:
 
         Args:
             k, v: [batch, kv_heads, tokens, head_dim]; float32, float16 or bfloat16, any strides.
-            left_padding: with the first tokens only: how many positions of each sequence are padding. They may be more
-                than these tokens; they are never seen, and in no mean.
+            left_padding: with the first tokens: how many positions of each sequence are padding. They may be more than
+                these tokens; they are never seen, and in no mean. Later only for sequences that were padding so far.
 
         Raises:
             ValueError: shapes, types or devices do not fit, or the tokens do not fit the capacity. Nothing is written.
@@ -320,11 +330,31 @@ class KVCache:
                 "crop or reset it, or make it with a larger capacity or a window"
             )
 
+    def _tokens_at_once(self) -> int:
+        """How many more tokens can be appended together and then see what each of them would have seen alone."""
+        tokens = self.tokens_before_coding()
+        return min(tokens, MAX_WINDOW_QUERIES) if self.config.is_ring else tokens
+
     def tokens_before_coding(self) -> int:
         """How many more tokens see each other dense: appending one more codes a block."""
         if not self.config.block:
             return 1 << 31
         return self.config.block - (self._length - self.config.residual_length) % self.config.block
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens in all; what is stored stays. A ring buffer is never full, and left as it is.
+
+        Raises:
+            ValueError: less than the capacity that it has.
+        """
+        if capacity < self.config.capacity:
+            raise ValueError(f"capacity can only grow: it is {self.config.capacity}, got {capacity}")
+        if self.config.is_ring:
+            return
+        config = replace(self.config, capacity=capacity)
+        for side, storage in zip((self._k, self._v), config.formats, strict=True):
+            side.grow(config, storage)
+        self.config = config
 
     def crop(self, length: int) -> None:
         """Forget the newest tokens.
@@ -346,6 +376,10 @@ class KVCache:
         end = self._length + length if length < 0 else self._begin(1) + length
         if length >= 0:
             self._first = self._begin(1)
+        self._crop_to(end)
+
+    def _crop_to(self, end: int) -> None:
+        """Forget the positions from `end` on."""
         if end < self._coded:
             block = self.config.block
             coded = end // block * block if block else end
@@ -376,6 +410,14 @@ class KVCache:
         index = self._batch_index(index)
         self._take(index)
         self.config = CacheConfig(**{**asdict(self.config), "batch_size": len(index)})
+
+    def to(self, device: torch.device | str) -> None:
+        """Move all buffers to `device`."""
+        for side in (self._k, self._v):
+            for name, buffer in side.buffers().items():
+                setattr(side, name, buffer.to(device))
+        self._starts = None if self._starts is None else self._starts.to(device)
+        self.k_balance = None if self.k_balance is None else self.k_balance.to(device)
 
     # Saving
 
@@ -435,6 +477,61 @@ class KVCache:
 
     # Inside
 
+    def _view(self) -> "KVCache":
+        """This cache as it is now, without a copy: to be read until this one is written again."""
+        view = copy.copy(self)
+        view._k, view._v = replace(self._k), replace(self._v)
+        return view
+
+    def _fork(self) -> "KVCache":
+        """This cache as it is now, to be read also when this one goes on.
+
+        Both may go on, but with the same tokens: they share the codes, unless a ring buffer would overwrite them.
+        """
+        fork = self._view()
+        for side in (fork._k, fork._v):
+            for name, buffer in side.buffers().items():
+                if name == "tail" or self.config.is_ring:
+                    setattr(side, name, buffer.clone())
+        return fork
+
+    def _become(self, other: "KVCache") -> None:
+        """Hold what `other` holds, on this cache's device; `other` stays as it is."""
+        device = self.device
+        self.__dict__.update(other._fork().__dict__)
+        self.to(device)
+
+    def _attend(
+        self,
+        q: Tensor,
+        start: int,
+        *,
+        scale: float | None,
+        softcap: float,
+        sinks: Tensor | None = None,
+        mask: Tensor | None = None,
+        window: int = 0,
+        causal: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """torch.ops.tqattn.attend over positions from `start` on; mask may have four dimensions."""
+        out, lse = torch.ops.tqattn.attend(
+            self._balanced_queries(q),
+            *self._stores(),
+            start=start,
+            coded=self._coded,
+            length=self._length,
+            block_size=self.config.block,
+            sink_length=self.config.sink_rows,
+            scale=scale,
+            softcap=softcap,
+            window=window,
+            sinks=sinks,
+            mask=_three_dimensional(mask),
+            starts=self._starts,
+            causal=causal,
+        )
+        return out.to(q.dtype), lse  # balanced queries are float32
+
     def _stores(self) -> tuple[Any, ...]:
         k, v = self._k, self._v
         tensors = (k.codes, k.norms, k.means, k.tail, v.codes, v.norms, v.means, v.tail)
@@ -461,11 +558,12 @@ class KVCache:
         """The first position in the tail once `tokens` more have come; ValueError if they do not fit."""
         self.check_room(tokens)
         end = self._length + tokens
-        if not self.config.block:
-            return end
+        return max(self._coded, self._coded_at(end)) if self.config.block else end
+
+    def _coded_at(self, length: int) -> int:
+        """The first position in the tail of a cache with blocks that has grown to `length`."""
         # A full block is coded when the next token comes: until then its own tokens see each other dense.
-        full = (end - 1 - self.config.residual_length) // self.config.block * self.config.block
-        return max(self._coded, full)
+        return max(length - 1 - self.config.residual_length, 0) // self.config.block * self.config.block
 
     def _stored_once(self, coded_end: int) -> int:
         """The first position whose codes are left once those up to `coded_end` have been written into the ring."""
@@ -475,20 +573,34 @@ class KVCache:
         self._length += tokens
         self._coded = coded_end
         self._stored = self._stored_once(coded_end)
+        if starts is not self._starts:
+            self._set_starts(starts)
+
+    def _set_starts(self, starts: Tensor | None) -> None:
         self._starts = starts
+        self._most_padding = 0 if starts is None else int(starts.max())
 
     def _padding_starts(self, left_padding: Tensor | Sequence[int] | None) -> Tensor | None:
         if left_padding is None:
             return self._starts
-        if self._length:
-            raise ValueError(f"left_padding comes with the first tokens, but the cache holds {self._length} already")
         padding = torch.as_tensor(left_padding)
         is_count = padding.shape == (self.config.batch_size,) and not padding.is_floating_point()
-        if not is_count or padding.min() < 0 or padding.max() >= 2**31:
+        if not is_count or padding.min() < 0 or int(padding.max()) >= 2**31:
             raise ValueError(
                 f"left_padding must be {self.config.batch_size} counts, one a sequence, below 2^31, got {padding}"
             )
+        known = torch.zeros_like(padding) if self._starts is None else self._starts.to(padding.device)
+        if not ((padding == known) | (torch.minimum(padding, known) >= self._length)).all():
+            raise ValueError(
+                f"left_padding comes with the first tokens, but the cache holds {self._length} already; "
+                f"known was {known}, got {padding}"
+            )
         return padding.to(device=self.device, dtype=torch.int32) if padding.any() else None
+
+    def _dense(self, begin: int) -> tuple[Tensor, Tensor]:
+        """`dense`, of the positions from `begin` on."""
+        k, v = self._decode(begin, rotated=False)
+        return k if self.k_balance is None else k / self.k_balance[:, None], v
 
     def _decode(self, begin: int, end: int | None = None, *, rotated: bool) -> tuple[Tensor, Tensor]:
         """Rows of positions begin..end (to the newest if None), [batch, kv_heads, end - begin, head_dim]."""
@@ -565,7 +677,7 @@ class KVCache:
         if starts is not None:
             if starts.shape != (self.config.batch_size,) or starts.dtype != torch.int32:
                 raise ValueError(f"starts is {starts.dtype} {list(starts.shape)}, expected int32 [batch]")
-            self._starts = starts.to(self.device)
+            self._set_starts(starts.to(self.device))
         if balance is not None:
             self.k_balance = self.config.checked_balance(balance).to(self.device)
 

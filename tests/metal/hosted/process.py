@@ -32,4 +32,6 @@ def run(arguments: Sequence[str], mode: str = "plain", **variables: str) -> subp
     if mode == "sanitised":
         environment |= {"LD_PRELOAD": _sanitisers(), "ASAN_OPTIONS": "detect_leaks=0"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", *arguments]
+    if mode == "sanitised":
+        command.append("-s")  # what a sanitiser says as it ends the process would stay captured
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
