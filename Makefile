@@ -10,7 +10,7 @@ NATIVE_TEXT := find torch_tqattn tests/metal -name '*.cpp' -o -name '*.h' -o -na
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 NATIVE := $(shell find torch_tqattn/csrc torch_tqattn/shaders -type f) setup.py pyproject.toml
 
-.PHONY: demo install doctor test test-quick test-metal test-mutations check-metal check-sdk lint format bench tables clean
+.PHONY: demo install doctor test test-quick test-metal test-mutations check-metal check-sdk check-cuda lint format bench tables clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/decode_loop.py
@@ -44,6 +44,13 @@ check-metal: $(INSTALLED)
 # The Objective-C++ with Apple's own headers: make check-sdk SDK=.../MacOSX.sdk, from Xcode 15 or newer.
 check-sdk: $(INSTALLED)
 	$(BIN)/python tests/metal/linked/sdk.py $(or $(SDK),$(error set SDK to the folder of a macOS SDK))
+
+# Every kernel under compute-sanitizer, on an NVIDIA GPU. Without PyTorch's cache each tensor is an allocation of its own.
+check-cuda: $(INSTALLED)
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(BIN)/python -m pytest -p no:cacheprovider -k cuda tests/test_kernels.py || exit 1; \
+	done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

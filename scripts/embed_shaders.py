@@ -1,12 +1,14 @@
-"""Writes the C++ header that holds the shaders' sources: python scripts/embed_shaders.py OUTPUT.
+"""Writes the C++ header that holds the shaders' sources: python scripts/embed_shaders.py [--cuda] OUTPUT.
 
 Each .metal file becomes one text, with the project's own headers in place of their #include lines, because a shader is
-compiled from memory, where there are no files. The same header serves every backend that compiles at run time.
+compiled from memory, where there are no files. With --cuda the texts are CUDA C++.
 """
 
+import argparse
 import re
-import sys
 from pathlib import Path
+
+from cuda_source import cuda_source
 
 SHADERS = Path(__file__).resolve().parents[1] / "torch_tqattn" / "shaders"
 LOCAL_INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.M)
@@ -33,9 +35,10 @@ def flatten(path: Path) -> str:
     return expand(path)
 
 
-def header() -> str:
+def header(for_cuda: bool = False) -> str:
     """The C++ header: the table tqattn::kShaderSources, by the shaders' file names without their extension."""
-    entries = [f'    {{"{path.stem}", R"{DELIMITER}({flatten(path)}){DELIMITER}"}},' for path in shaders()]
+    texts = {path.stem: cuda_source(flatten(path)) if for_cuda else flatten(path) for path in shaders()}
+    entries = [f'    {{"{name}", R"{DELIMITER}({text}){DELIMITER}"}},' for name, text in texts.items()]
     return "\n".join(
         [
             "// The shaders' sources. Written by scripts/embed_shaders.py: do not edit.",
@@ -63,8 +66,12 @@ def shaders() -> list[Path]:
     return sorted(SHADERS.glob("*.metal"))
 
 
-def main(output: Path) -> None:
-    text = header()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cuda", action="store_true", help="as CUDA C++")
+    parser.add_argument("output", type=Path)
+    arguments = parser.parse_args()
+    text, output = header(arguments.cuda), arguments.output
     if output.exists() and output.read_text() == text:
         return  # what depends on it need not be built again
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -72,4 +79,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

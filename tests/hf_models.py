@@ -1,5 +1,6 @@
 """Tiny random transformers models of many families, head dim 64, for test_transformers.py."""
 
+import copy
 import sys
 from typing import Any, ClassVar
 
@@ -167,10 +168,17 @@ def config_of(family: str) -> transformers.PretrainedConfig:
     return getattr(transformers, name)(**{**SIZES, **options})
 
 
-def make_model(family: str, attention: str, device: str = "cpu", noise: float = 0.0) -> PreTrainedModel:
+def make_model(
+    family: str,
+    attention: str,
+    device: str = "cpu",
+    noise: float = 0.0,
+    config: transformers.PretrainedConfig | None = None,
+) -> PreTrainedModel:
     """The model of a family, always with the same weights, but for `noise`, relative."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_of(family), attn_implementation=attention)
+    config = copy.deepcopy(config) if config else config_of(family)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     for name, parameter in model.named_parameters():
         if "sinks" in name or (parameter.dim() == 1 and "norm" in name):  # those are trivial in a new model
             parameter.data += 0.3 * torch.randn(parameter.shape)

@@ -282,7 +282,7 @@ def test_the_manifest_has_all_arguments() -> None:
         ({"buffers": [np.zeros(8, np.uint8)[1:5], np.zeros(4, np.float32)]}, "not aligned to 4 bytes"),
         ({"threadgroup_memory": []}, r"threadgroup memory 0 \(first_round\) has no length"),
         ({"threadgroup_memory": [8]}, "not a multiple of 16"),
-        ({"threadgroup_memory": [32768]}, "33792 bytes of threadgroup memory"),
+        ({"threadgroup_memory": [232448]}, "233472 bytes of threadgroup memory"),
         ({"threads": (1056, 1, 1)}, "1056 threads"),
         ({"grid": (0, 1, 1)}, "the grid is empty"),
     ],

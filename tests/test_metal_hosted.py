@@ -34,7 +34,7 @@ def test_the_double_and_the_backend() -> None:
 
 @pytest.mark.parametrize("mode", ["race", "sanitised"])
 def test_every_kernel_under_checks(mode: str) -> None:
-    check("tests/metal/hosted/kernels.py", mode=mode)
+    check("tests/test_kernels.py", mode=mode)
 
 
 def test_what_takes_a_device_runs_as_it_is() -> None:
@@ -63,6 +63,8 @@ def test_every_mutation_has_its_place() -> None:
 
 def test_every_barrier_is_taken_out_by_a_mutation() -> None:
     for shader in sorted(source.SHADERS.iterdir()):
+        if shader.name == "attend_matrix.metal":
+            continue  # no plan for Metal has it; test_attend_matrix.py takes its barriers out
         taken = [
             mutation
             for mutation in mutations.MUTATIONS

@@ -257,6 +257,8 @@ def test_batch_operations(family: str, device: str) -> None:
         "select": (lambda c: c.batch_select_indices(torch.tensor([1], device=device)), [1]),
         "select by bool": (lambda c: c.batch_select_indices(torch.tensor([True, False], device=device)), [0]),
         "select from the end": (lambda c: c.batch_select_indices(torch.tensor([-1, 0], device=device)), [1, 0]),
+        "select by a tuple": (lambda c: c.batch_select_indices((1, 0)), [1, 0]),
+        "select by a slice": (lambda c: c.batch_select_indices(slice(1, None)), [1]),
     }
     for name, (call, rows) in calls.items():
         changed = copy.deepcopy(cache)
@@ -326,6 +328,7 @@ def test_exact_prefill_depends_on_it() -> None:
     [
         ("gemma3", "eager", SMALL_BLOCKS),
         pytest.param("gpt_oss", "eager", {**SMALL_BLOCKS, "skip_layers": [-1]}, marks=pytest.mark.slow),
+        pytest.param("llama", "eager", {**SMALL_BLOCKS, "skip_layers": [0]}, marks=pytest.mark.slow),
         pytest.param("llama", "inductor", SMALL_BLOCKS, marks=pytest.mark.slow),
         pytest.param("gemma4", "inductor", SMALL_BLOCKS, marks=pytest.mark.slow),
     ],
@@ -358,10 +361,23 @@ def test_room_made_once() -> None:
     assert cache.get_max_length() == 50
     generate(model, one_prompt(40), cache, 11)  # the last token is not fed
     rows = cache.report()
-    assert [(row.kind, row.tokens) for row in rows[:2]] == [("StaticSlidingWindowLayer", WINDOW), ("full", 50)]
+    assert [(row.kind, row.tokens) for row in rows[:2]] == [("DynamicSlidingWindowLayer", WINDOW - 1), ("full", 50)]
     assert cache.layers[1].cache.config.capacity == 50
     with pytest.raises(ValueError, match="1 more tokens do not fit: the cache holds 50 of 50"):
         model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("attention", ["tqattn", "eager"])
+@pytest.mark.parametrize("options", [{"skip_layers": [0]}, {"skip_layers": [-1]}, {"head_dim": 48}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_room_made_once_beside_dense_layers(family: str, options: dict[str, Any], attention: str) -> None:
+    """One mask fits dense layers and compressed ones, before a window is full and after."""
+    config = config_of(family)
+    config.head_dim = options.get("head_dim", 64)
+    stock, model = (make_model(family, name, config=config) for name in ("eager", attention))
+    cache = TurboQuantCache(config, nbits=16, max_cache_len=40, skip_layers=options.get("skip_layers", ()))
+    tokens, _ = generate(model, prompts(10, padding=3), cache, 30, disable_compile=True)
+    assert torch.equal(tokens, generate(stock, prompts(10, padding=3), DynamicCache(config=config), 30)[0])
 
 
 class OneLayer:
@@ -529,6 +545,22 @@ def test_unsupported_head_dims_stay_dense() -> None:
     assert isinstance(values, Tensor)
     row = cache.report()[1]
     assert (row.kind, row.format, row.tokens) == ("DynamicSlidingWindowLayer", "head_dim 48", 5)
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 60])
+def test_early_initialization(max_cache_len: int | None) -> None:
+    """Before the first tokens, which then are stored as they would be without it."""
+    config = config_of("gemma3")
+    early, late = (TurboQuantCache(config, max_cache_len=max_cache_len, **SMALL_BLOCKS) for _ in range(2))
+    early.early_initialization(2, 2, [64, 48, 64], torch.float32, torch.device("cpu"))
+    assert early.is_initialized
+    for i, head_dim in enumerate((64, 48, 64)):
+        k, v = torch.randn(2, 2, 2, 50, head_dim)
+        for cache in (early, late):
+            cache.update(k, v, i)
+        assert torch.equal(early.layers[i].keys, late.layers[i].keys)
+    assert early.report() == late.report()
+    assert early.report()[1].format == "head_dim 48"
 
 
 # Arguments

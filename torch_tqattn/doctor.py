@@ -67,7 +67,7 @@ class Probe:
     """Runs operators on a device with arguments from the CPU, and holds what they give against what is exact."""
 
     device: str
-    seconds: float | None = None  # that the first call took: on mps, with the compilation of its shaders
+    seconds: float | None = None  # that the first call took: on a GPU, with the compilation of its shaders
     results: list[tuple[float, float]] = field(default_factory=list)  # errors and their bounds
 
     def call(self, name: str, *arguments: Any, **options: Any) -> tuple[Any, list[Any]]:
@@ -535,7 +535,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "An error is relative to the same computation in float64, and may be twice that of plain float32 PyTorch. Of "
         "rows that are stored it says by how much what storing loses differs from what the reference loses. The time "
-        "is that of the first call, which on mps compiles shaders."
+        "is that of the first call, which on a GPU compiles shaders."
     )
     parser.add_argument(
         "--device", nargs="+", choices=DEVICES, help="check these; FAILED if one is not here (all here)"

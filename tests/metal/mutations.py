@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "torch_tqattn"
 # Names the fault under which the double runs.
 VARIABLE = "TQATTN_METAL_MUTATION"
-TESTS = ["tests/metal/hosted/kernels.py", "tests/metal/hosted/suite.py"]
+TESTS = ["tests/test_kernels.py", "tests/metal/hosted/suite.py"]
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 
@@ -111,9 +111,16 @@ MUTATIONS = [
         "if (true) {\n        tq_store_codes",
     ),
     Mutation("sinks are not kept", _ENCODE, "if (is_there && is_sink) tq_store_half", "if (false) tq_store_half"),
-    Mutation("the sink's logit is left out", _REDUCE, "params.has_sinks != 0", "false"),
+    Mutation(
+        "the sink's logit is left out", _REDUCE, "if (params.has_sinks != 0) state.sum +=", "if (false) state.sum +="
+    ),
     Mutation("the log-sum-exp is without its largest logit", _REDUCE, "state.largest + precise::log", "precise::log"),
-    Mutation("the first part alone is merged", _REDUCE, "split < params.splits; ++split", "split < 1; ++split"),
+    Mutation(
+        "one lane group's parts alone are merged",
+        _REDUCE,
+        "uint first = lane_group; first <",
+        "uint first = 0; first <",
+    ),
     Mutation(
         "the second half of a row has the norm of the first",
         _STORE,
@@ -139,8 +146,8 @@ MUTATIONS = [
     Mutation(
         "threadgroup memory of attention is one number short",
         _PLAN,
-        "queries * (head_dim + 2))}",
-        "queries * (head_dim + 2) - 1) - 16}",
+        "queries * static_cast<uint32_t>(call.q.size(3) + 2);",
+        "queries * static_cast<uint32_t>(call.q.size(3) + 2) - 4;",
     ),
     Mutation(
         "threadgroup memory of encoding is short", _PLAN, "kSimdgroups * (head_dim + 1)", "kSimdgroups * head_dim"
@@ -193,8 +200,8 @@ MUTATIONS = [
     Mutation(
         "specialisations share a pipeline",
         _PIPELINE,
-        'std::string(" ") + name + "=" + value',
-        'std::string(" ") + name',
+        "const std::string key = describe(kernel);",
+        "const std::string key = kernel.name;",
     ),
     Mutation(
         "the encoder is fetched outside the queue",

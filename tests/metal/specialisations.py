@@ -6,6 +6,8 @@ from torch_tqattn import format as fmt
 
 INPUTS = ("float", "half", "bfloat")
 QUERIES = (1, 2)
+MATRIX_QUERIES = (8, 16)
+MATRIX_HEAD_DIMS = (64, 128, 192, 256)
 
 Macros = dict[str, object]
 
@@ -41,7 +43,9 @@ def _with(macros: list[Macros], name: str, values: tuple[object, ...]) -> list[M
 def specialisations(shader: str) -> list[Macros]:
     """The macros of each specialisation of a shader, by the name of its file; KeyError for an unknown one."""
     head_dims = [{"TQ_HEAD_DIM": d} for d in fmt.HEAD_DIMS]
+    matrices = [m for m in _stores() if m["TQ_HEAD_DIM"] in MATRIX_HEAD_DIMS]
     known = {
+        "attend_matrix.metal": _with(_with(matrices, "TQ_INPUT", INPUTS[1:]), "TQ_QUERIES", MATRIX_QUERIES),
         "attend.metal": _with(_with(_stores(), "TQ_INPUT", INPUTS), "TQ_QUERIES", QUERIES),
         "decode.metal": _stores(),
         "encode.metal": _with(_stores(), "TQ_INPUT", INPUTS),

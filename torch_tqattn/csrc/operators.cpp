@@ -347,3 +347,6 @@ TORCH_LIBRARY_IMPL(tqattn, CPU, m) { tqattn::implement(m); }
 #ifdef TQATTN_MPS
 TORCH_LIBRARY_IMPL(tqattn, MPS, m) { tqattn::implement(m); }
 #endif
+#ifdef TQATTN_CUDA
+TORCH_LIBRARY_IMPL(tqattn, CUDA, m) { tqattn::implement(m); }
+#endif

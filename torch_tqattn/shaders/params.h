@@ -36,6 +36,12 @@ struct TqAttendParams {
   float v_norm_factor;
 };
 
+// Threads of a threadgroup of attend_matrix.metal, by what registers they need.
+#define TQ_MATRIX_THREADS(head_dim, queries) ((head_dim) <= 128 && (queries) == 8 ? 512 : 256)
+
+// Entries of attend_matrix.metal's tables of the levels of codes of so many bits. An entry takes 256 bytes, of K and V.
+#define TQ_TABLE_ENTRIES(bits) ((bits) == 16 ? 0u : (bits) <= 4 ? 256u : 1u << (bits) % 16)
+
 // Merging the parts of an attention call.
 struct TqReduceParams {
   uint32_t rows;  // batch * num_heads * q_len

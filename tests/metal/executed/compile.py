@@ -147,7 +147,7 @@ def compile_shader(shader: str | Path, macros: Mapping[str, object] | None = Non
     """
     text = preprocess(shader, macros or {})
     try:
-        kernels = manifest.kernels(text)
+        kernels = source.kernels(text)
     except ValueError as error:
         raise CompileError(str(error)) from error
     cpp = _SHADER.format(shader=manifest.as_cpp(text), bindings=manifest.bindings(kernels), count=len(kernels))

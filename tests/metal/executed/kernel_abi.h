@@ -15,7 +15,8 @@
 extern "C" {
 #endif
 
-enum { MSL_MAX_BINDINGS = 31, MSL_SIMD_WIDTH = 32, MSL_MAX_THREADS = 1024, MSL_MAX_THREADGROUP_BYTES = 32768 };
+/* Threadgroup memory: what the largest GPUs have; those that Metal runs on have 32768 bytes. */
+enum { MSL_MAX_BINDINGS = 31, MSL_SIMD_WIDTH = 32, MSL_MAX_THREADS = 1024, MSL_MAX_THREADGROUP_BYTES = 232448 };
 
 typedef enum { MSL_BUFFER, MSL_THREADGROUP, MSL_BUILTIN } MslArgumentKind;
 

@@ -1,84 +1,6 @@
-"""Kernels of a preprocessed shader and their arguments, and the C++ that binds them."""
-
-import re
-from dataclasses import dataclass
+"""A preprocessed shader as C++, and the C++ that binds its kernels' arguments."""
 
 from metal import source
-
-BUILTINS = (
-    "thread_position_in_grid",
-    "thread_position_in_threadgroup",
-    "threadgroup_position_in_grid",
-    "threads_per_threadgroup",
-    "threadgroups_per_grid",
-    "threads_per_grid",
-    "thread_index_in_threadgroup",
-    "thread_index_in_simdgroup",
-    "simdgroup_index_in_threadgroup",
-    "simdgroups_per_threadgroup",
-    "threads_per_simdgroup",
-)
-
-_KERNEL = re.compile(r"\bkernel\s+void\s+(\w+)\s*\(")
-_ARGUMENT = re.compile(r"(\w+)\s*\[\[\s*(\w+)\s*(?:\(\s*(\d+)[uU]?\s*\))?\s*\]\]\s*$")
-
-
-@dataclass(frozen=True)
-class Argument:
-    """One argument of a kernel; `attribute` is buffer, threadgroup, or one of BUILTINS."""
-
-    name: str
-    attribute: str
-    index: int
-
-
-@dataclass(frozen=True)
-class Kernel:
-    name: str
-    arguments: tuple[Argument, ...]
-    threadgroup_variables: tuple[source.ThreadgroupVariable, ...]
-
-
-def _closing(text: str, start: int, pair: str) -> int:
-    """Where the bracket that opens at `start` closes."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == pair[0]) - (text[i] == pair[1])
-        if depth == 0:
-            return i
-    raise ValueError(f"'{pair[0]}' without '{pair[1]}'")
-
-
-def _arguments(kernel: str, text: str) -> tuple[Argument, ...]:
-    parts, depth, start = [], 0, 0
-    for i, character in enumerate(text):
-        depth += (character in "([<") - (character in ")]>")
-        if character == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    arguments = []
-    for part in [*parts, text[start:]]:
-        if not part.strip():
-            continue
-        match = _ARGUMENT.search(part)
-        if match is None or (match[2] not in (*BUILTINS, "buffer", "threadgroup")):
-            raise ValueError(f"kernel {kernel}: cannot bind the argument '{' '.join(part.split())}'")
-        arguments.append(Argument(match[1], match[2], int(match[3] or 0)))
-    return tuple(arguments)
-
-
-def kernels(text: str) -> list[Kernel]:
-    """The kernels of a preprocessed shader; ValueError if an argument has no attribute that can be bound."""
-    code = source.masked(text)
-    variables = source.threadgroup_variables(text)
-    found = []
-    for match in _KERNEL.finditer(code):
-        end = _closing(code, match.end() - 1, "()")
-        body = code.find("{", end)
-        body_end = _closing(code, body, "{}")
-        inside = tuple(v for v in variables if body < v.start < body_end)
-        found.append(Kernel(match[1], _arguments(match[1], code[match.end() : end]), inside))
-    return found
 
 
 def as_cpp(text: str) -> str:
@@ -95,14 +17,14 @@ def _camel_case(builtin: str) -> str:
     return "k" + "".join(word.capitalize() for word in builtin.split("_"))
 
 
-def bindings(found: list[Kernel]) -> str:
+def bindings(found: list[source.Kernel]) -> str:
     """C++ that follows the shader: what kernel_abi.h says of each kernel, and functions that call them."""
     lines = []
     for k in found:
         values, table = [], []
         for i, a in enumerate(k.arguments):
             argument = f"::msl_runtime::Argument<{k.name}, {i}>"
-            if a.attribute in BUILTINS:
+            if a.attribute in source.BUILTINS:
                 builtin = f"::msl_runtime::Builtin::{_camel_case(a.attribute)}"
                 values.append(f"::msl_runtime::builtin_value<{argument}>({builtin})")
                 table.append(f'::msl_runtime::builtin_argument("{a.name}")')

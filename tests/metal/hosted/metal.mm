@@ -24,7 +24,7 @@ namespace metal_double {
 namespace {
 
 constexpr size_t kMaxSetBytes = 4096;
-constexpr size_t kThreadgroupMemory = MSL_MAX_THREADGROUP_BYTES;
+constexpr size_t kThreadgroupMemory = 32768;
 constexpr size_t kGuardBytes = 256;  // after each buffer, to see what is written past its end
 constexpr unsigned char kUnwritten = 0xFB, kFreed = 0xDD, kGuard = 0xA5;
 

@@ -43,8 +43,8 @@ def assemble(library: Path, torch_version: str, folder: Path) -> Path:
 
 def _copy_sources(tree: Path) -> None:
     shutil.copytree(PACKAGE, tree / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    (tree / "scripts").mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "scripts/embed_shaders.py"):
+    shutil.copytree(ROOT / "scripts", tree / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
 
 

@@ -18,6 +18,13 @@ struct Kernel {
   std::vector<std::pair<const char*, std::string>> macros;
 };
 
+// For messages, and unlike that of any other kernel.
+inline std::string describe(const Kernel& kernel) {
+  std::string text = std::string(kernel.name) + " of " + kernel.shader + ".metal";
+  for (const auto& [name, value] : kernel.macros) text += std::string(" ") + name + "=" + value;
+  return text;
+}
+
 // What is bound at one buffer index: a tensor on the device, or a few bytes.
 struct Argument {
   // `alignment`: in bytes, that the kernel's loads need beyond that of the tensor's numbers.

@@ -16,6 +16,8 @@ constexpr uint32_t kLaneNumbers = 16;     // of a row, in one lane of a simdgrou
 constexpr uint32_t kSimdgroups = 4;       // of a threadgroup, unless there is a reason for another number
 constexpr int64_t kWordBytes = 4;         // codes are read in words
 constexpr int64_t kFewestPositions = 64;  // of a simdgroup: fewer cost more to merge than they save
+constexpr int64_t kMatrixPositions = 16;  // that a simdgroup of attend_matrix.metal takes at a time
+constexpr uintptr_t kMatrixBytes = 16;    // that it reads at a time
 
 using Macros = std::vector<std::pair<const char*, std::string>>;
 
@@ -83,6 +85,53 @@ void add_store(std::vector<Argument>& arguments, const Side& side) {
   arguments.push_back(optional(side.tail));
 }
 
+// Which kernel attends, and how its work is cut.
+struct Variant {
+  const char* shader;
+  const char* kernel;
+  uint32_t queries;          // query rows of a threadgroup
+  uint32_t simdgroups;       // of a threadgroup, if there are positions enough for them
+  int64_t fewest_positions;  // of a simdgroup
+  uint32_t threadgroups;     // how many keep the device busy
+  uint32_t (*floats)(const AttendCall& call, uint32_t queries, uint32_t simdgroups);  // of threadgroup memory
+};
+
+uint32_t attend_floats(const AttendCall& call, uint32_t queries, uint32_t simdgroups) {
+  return std::max(simdgroups / 2, 1u) * queries * static_cast<uint32_t>(call.q.size(3) + 2);
+}
+
+uint32_t table_entries(const Side& side) {
+  return side.codebook != nullptr ? TQ_TABLE_ENTRIES(side.codebook->bits) : 0;
+}
+
+uint32_t attend_matrix_floats(const AttendCall& call, uint32_t queries, uint32_t simdgroups) {
+  const uint32_t head_dim = static_cast<uint32_t>(call.q.size(3));
+  const uint32_t entries = std::max(table_entries(call.k), table_entries(call.v));
+  return std::max(entries * 2 * kSimdLanes + queries * (head_dim + 16), simdgroups * queries * (head_dim + 6));
+}
+
+bool is_aligned(const OptionalTensor& x) {
+  return !x.has_value() || reinterpret_cast<uintptr_t>(x->data_ptr()) % kMatrixBytes == 0;
+}
+
+bool is_aligned(const Side& side) { return is_aligned(side.codes) && is_aligned(side.means) && is_aligned(side.tail); }
+
+Variant choose_variant(const AttendCall& call, int64_t group_rows, const Device& device) {
+  const int64_t head_dim = call.q.size(3);
+  const bool is_half = call.q.scalar_type() == at::kHalf || call.q.scalar_type() == at::kBFloat16;
+  if (is_half && head_dim % 64 == 0 && head_dim <= 256 && is_aligned(call.k) && is_aligned(call.v)) {
+    const uint32_t queries = group_rows > 8 && head_dim <= 128 ? 16 : 8;
+    const uint32_t simdgroups = TQ_MATRIX_THREADS(head_dim, queries) / kSimdLanes;
+    const Variant variant{"attend_matrix",          "tq_attend_matrix",  queries, simdgroups, kMatrixPositions,
+                          device.matrix_processors, attend_matrix_floats};
+    const uint32_t bytes = padded_bytes(variant.floats(call, variant.queries, simdgroups));
+    if (device.matrix_processors > 0 && bytes <= device.matrix_bytes) return variant;
+  }
+  const uint32_t rows = power_of_two_from(to_count(group_rows, "query rows"));
+  return {"attend",     "tq_attend", std::min(device.queries, rows), kSimdgroups, kFewestPositions, device.threadgroups,
+          attend_floats};
+}
+
 Launch reduce_launch(const Tensor& partials, const OptionalTensor& sinks, const Tensor& out, const OptionalTensor& lse,
                      TqReduceParams params, int64_t head_dim) {
   params.has_sinks = sinks.has_value();
@@ -92,7 +141,7 @@ Launch reduce_launch(const Tensor& partials, const OptionalTensor& sinks, const 
            {{"TQ_HEAD_DIM", std::to_string(head_dim)}, {"TQ_OUTPUT", shader_type(out.scalar_type())}}},
           {Argument(partials), sinks.has_value() ? Argument(sinks->to(at::kFloat).contiguous()) : Argument::unused(),
            Argument(out), optional(lse), Argument::value(params)},
-          {divide_up(params.rows, simd_rows(head_dim)), 1, 1},
+          {params.rows, 1, 1},
           1};
 }
 
@@ -167,16 +216,16 @@ std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
   const int64_t head_dim = call.q.size(3), batch = call.q.size(0);
   TqAttendParams params = call.params;
   const int64_t group_rows = int64_t{params.q_len} * params.num_heads / params.num_kv_heads;
-  const uint32_t queries = std::min<uint32_t>(device.queries, power_of_two_from(to_count(group_rows, "query rows")));
-  const int64_t tiles = (group_rows + queries - 1) / queries;
+  const Variant variant = choose_variant(call, group_rows, device);
+  const int64_t tiles = (group_rows + variant.queries - 1) / variant.queries;
   int64_t positions = int64_t{params.length} - params.start;
   if (params.window > 0) positions = std::min<int64_t>(positions, int64_t{params.window} + params.q_len - 1);
   uint32_t simdgroups = static_cast<uint32_t>(call.simdgroups);
-  if (simdgroups == 0) simdgroups = positions > kSimdgroups * kFewestPositions ? kSimdgroups : 1;
+  if (simdgroups == 0) simdgroups = positions > variant.simdgroups * variant.fewest_positions ? variant.simdgroups : 1;
   if (params.splits == 0) {
     const int64_t tasks = batch * params.num_kv_heads * tiles;
-    const int64_t most = std::max<int64_t>(positions / (simdgroups * kFewestPositions), 1);
-    params.splits = static_cast<uint32_t>(std::clamp<int64_t>(device.threadgroups / tasks, 1, most));
+    const int64_t most = std::max<int64_t>(positions / (simdgroups * variant.fewest_positions), 1);
+    params.splits = static_cast<uint32_t>(std::clamp<int64_t>(variant.threadgroups / tasks, 1, most));
   }
   params.batch = static_cast<uint32_t>(batch);
   params.has_starts = call.starts.has_value();
@@ -192,7 +241,7 @@ std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
   const Tensor q = call.q.contiguous();
   Macros macros = store_macros(call.k, call.v, head_dim);
   macros.emplace_back("TQ_INPUT", shader_type(q.scalar_type()));
-  macros.emplace_back("TQ_QUERIES", std::to_string(queries));
+  macros.emplace_back("TQ_QUERIES", std::to_string(variant.queries));
   std::vector<Argument> arguments{Argument(q)};
   add_store(arguments, call.k);
   add_store(arguments, call.v);
@@ -208,11 +257,11 @@ std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
   reduce.num_kv_heads = params.num_kv_heads;
   reduce.q_len = params.q_len;
   reduce.undo_rotation = call.undo_rotation;
-  return {{{"attend", "tq_attend", std::move(macros)},
+  return {{{variant.shader, variant.kernel, std::move(macros)},
            std::move(arguments),
            {params.splits, to_count(params.num_kv_heads * tiles, "threadgroups"), params.batch},
            simdgroups,
-           {padded_bytes(std::max(simdgroups / 2, 1u) * queries * (head_dim + 2))}},
+           {padded_bytes(variant.floats(call, variant.queries, simdgroups))}},
           reduce_launch(partials, call.sinks, call.out, call.lse, reduce, head_dim)};
 }
 

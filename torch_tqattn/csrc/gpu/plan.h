@@ -12,6 +12,10 @@ namespace tqattn::gpu {
 struct Device {
   uint32_t queries;       // query rows that one simdgroup attends for at once: 1, 2 or 4
   uint32_t threadgroups;  // how many keep the device busy
+  // Processors with fast products of small matrices, and threadgroup memory of each; 0: attend_matrix.metal does not
+  // run there, or does not pay.
+  uint32_t matrix_processors = 0;
+  uint32_t matrix_bytes = 0;
 };
 
 std::vector<Launch> plan_rotate(const at::Tensor& x, bool inverse, const at::Tensor& out);

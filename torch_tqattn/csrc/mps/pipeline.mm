@@ -51,12 +51,6 @@ id<MTLComputePipelineState> compile(const gpu::Kernel& kernel, const char* sourc
   }
 }
 
-std::string describe(const gpu::Kernel& kernel) {
-  std::string text = std::string(kernel.name) + " of " + kernel.shader + ".metal";
-  for (const auto& [name, value] : kernel.macros) text += std::string(" ") + name + "=" + value;
-  return text;
-}
-
 }  // namespace
 
 id<MTLComputePipelineState> find_pipeline(const gpu::Kernel& kernel) {

@@ -12,8 +12,6 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
 )
 
 from ... import format as fmt
@@ -225,10 +223,11 @@ class TurboQuantLayer(CacheLayerMixin):
         if self.cache is not None:
             self._select(torch.arange(self.cache.config.batch_size).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """`indices` are whatever selects rows of a tensor: numbers, negative ones too, or one bool a sequence."""
+    def batch_select_indices(self, indices: Any) -> None:
+        """`indices` are whatever selects rows of a tensor: numbers, negative ones too, one bool a sequence, a slice."""
         if self.cache is not None:
-            self._select(torch.arange(self.cache.config.batch_size)[indices.cpu()])
+            rows = indices.cpu() if isinstance(indices, Tensor) else indices
+            self._select(torch.arange(self.cache.config.batch_size)[rows, ...])
 
     def _select(self, index: Tensor) -> None:
         self._undo = None
@@ -295,8 +294,8 @@ class TurboQuantCache(DynamicCache):
             token sees what it would see if tokens had come one by one, so that neither chunked prefill nor assisted
             decoding changes the result. That holds with attn_implementation="tqattn".
         plan: what torch_tqattn.plan found for the model; it goes before the arguments above, layer by layer.
-        max_cache_len: make room for so many tokens once and for all, with the stock layers those of a StaticCache:
-            then `generate` may compile the model. None: room grows with the text.
+        max_cache_len: make room for so many tokens once and for all: then `generate` may compile the model. None: room
+            grows with the text, which that of dense layers does in any case.
         offloading, offload_only_non_sliding: as for DynamicCache.
 
     Raises:
@@ -359,6 +358,21 @@ class TurboQuantCache(DynamicCache):
             self._leave_dense_if_it_must(layer_idx, layer, key_states.shape[3], value_states.shape[3])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def early_initialization(
+        self,
+        batch_size: int,
+        num_heads: int | list[int],
+        head_dim: int | list[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Make every layer's buffers now, which its first `update` would do."""
+        head_dims = head_dim if isinstance(head_dim, list) else [head_dim] * len(self.layers)
+        for i, (layer, dim) in enumerate(zip(self.layers, head_dims, strict=True)):
+            if isinstance(layer, TurboQuantLayer) and not layer.is_initialized:
+                self._leave_dense_if_it_must(i, layer, dim, dim)
+        super().early_initialization(batch_size, num_heads, head_dim, dtype, device)
+
     def _leave_dense_if_it_must(self, i: int, layer: TurboQuantLayer, k_dim: int, v_dim: int) -> None:
         if k_dim == v_dim and k_dim in fmt.HEAD_DIMS:
             return
@@ -368,13 +382,11 @@ class TurboQuantCache(DynamicCache):
             stock.record_past = layer.record_past
         self.layers[i] = stock
 
-    def _dense_layer(self, window: int | None) -> CacheLayerMixin:
-        """The stock layer that holds what a TurboQuantLayer would."""
-        if self.max_cache_len is None:
-            return DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
-        if window is None:
-            return StaticLayer(self.max_cache_len)
-        return StaticSlidingWindowLayer(self.max_cache_len, window)
+    def _dense_layer(self, window: int | None) -> DynamicLayer:
+        """The stock layer that shows the positions which a TurboQuantLayer would: a model makes one mask for all."""
+        layer = DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
+        layer.is_compileable = self.max_cache_len is not None
+        return layer
 
     def report(self) -> list[LayerReport]:
         """What each layer holds, and what it would hold dense. `print(*cache.report(), sep="\n")` makes a table."""

@@ -14,6 +14,7 @@
 #define MSL_TEXT(x) MSL_TEXT_OF(x)
 #define msl_attribute_buffer(n) clang::annotate("attribute:buffer:" MSL_TEXT(n))
 #define msl_attribute_threadgroup(n) clang::annotate("attribute:threadgroup:" MSL_TEXT(n))
+#define msl_attribute_max_total_threads_per_threadgroup(n) clang::annotate("threads:" MSL_TEXT(n))
 #define MSL_NOTE(name) clang::annotate("attribute:" #name ":")
 #define msl_attribute_thread_position_in_grid MSL_NOTE(thread_position_in_grid)
 #define msl_attribute_thread_position_in_threadgroup MSL_NOTE(thread_position_in_threadgroup)

@@ -1,5 +1,6 @@
-"""Every kernel on mps tensors against the CPU's operators, in samples that together have every head dim, every format
-of K and of V and every feature. Made for the double, with its checks of races or memory errors.
+"""Every kernel on a GPU's tensors against the CPU's operators, in samples that together have every head dim, every
+format of K and of V and every feature. Few enough to run under checks of races and memory errors: those of the double
+of Metal, or compute-sanitizer's.
 """
 
 from dataclasses import dataclass
@@ -84,13 +85,9 @@ def _samples() -> list[Sample]:
 SAMPLES = _samples()
 
 
-def on_mps(value: Any) -> Any:
-    return value.to("mps") if isinstance(value, Tensor) else value
-
-
-def encode_on_both(sample: Sample, more_tokens: int = 0) -> tuple[tq.KVCache, tq.KVCache]:
-    """The caches of the CPU and of mps after all parts."""
-    caches = sample.cache("cpu", more_tokens), sample.cache("mps", more_tokens)
+def encode_on_both(sample: Sample, device: str, more_tokens: int = 0) -> tuple[tq.KVCache, tq.KVCache]:
+    """The caches of the CPU and of the GPU after all parts."""
+    caches = sample.cache("cpu", more_tokens), sample.cache(device, more_tokens)
     for i, tokens in enumerate(sample.parts):
         k, v = torch.randn(2, BATCH, KV_HEADS, tokens, sample.head_dim)
         k, v = (k + 0.5).to(sample.k_type), v.to(sample.v_type)
@@ -100,11 +97,10 @@ def encode_on_both(sample: Sample, more_tokens: int = 0) -> tuple[tq.KVCache, tq
     return caches
 
 
-def check_attention(sample: Sample, q: Tensor, options: dict[str, Any], cpu: tq.KVCache, mps: tq.KVCache) -> None:
+def check_attention(q: Tensor, options: dict[str, Any], cpu: tq.KVCache, gpu: tq.KVCache) -> None:
     expected, expected_lse = tq.attention(q, cpu, return_lse=True, **options)
-    out, lse = tq.attention(
-        q.to("mps"), mps, return_lse=True, **{name: on_mps(value) for name, value in options.items()}
-    )
+    moved = {name: x.to(gpu.device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    out, lse = tq.attention(q.to(gpu.device), gpu, return_lse=True, **moved)
     # Two computations in float32, each within the bound.
     assert relative_error(out, expected) < 2 * float32_bound(len(cpu))
     assert torch.equal(lse.cpu().isneginf(), expected_lse.isneginf())
@@ -113,47 +109,47 @@ def check_attention(sample: Sample, q: Tensor, options: dict[str, Any], cpu: tq.
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_a_cache(sample: Sample) -> None:
-    cpu, mps = encode_on_both(sample)
-    for x, y, name in zip(mps.dense(), cpu.dense(), (sample.k_format, sample.v_format), strict=True):
+def test_a_cache(sample: Sample, gpu: str) -> None:
+    cpu, on_gpu = encode_on_both(sample, gpu)
+    for x, y, name in zip(on_gpu.dense(), cpu.dense(), (sample.k_format, sample.v_format), strict=True):
         # The last bit of float32 decides now and then how a number rounds to half, or to which side of a threshold.
         is_apart = (x.cpu() - y).norm(dim=-1) > 2**-9 * y.norm(dim=-1)
         assert is_apart.float().mean() < 0.03, name
-    states = cpu.state_dict()["tensors"], mps.state_dict()["tensors"]
+    states = cpu.state_dict()["tensors"], on_gpu.state_dict()["tensors"]
     for name in {"k_means", "v_means"} & states[0].keys():
         assert relative_error(states[1][name], states[0][name]) < 2**-11  # half's rounding
-    mps.load_state_dict(cpu.state_dict())  # from here on the same bytes
-    for x, y in zip(mps.dense(), cpu.dense(), strict=True):
+    on_gpu.load_state_dict(cpu.state_dict())  # from here on the same bytes
+    for x, y in zip(on_gpu.dense(), cpu.dense(), strict=True):
         assert relative_error(x, y) < 1e-6
     for heads, queries in ((KV_HEADS, 1), (3 * KV_HEADS, 5)):
         seen = len(cpu) if cpu.config.window is None else cpu._length - cpu._begin(queries)
         q = torch.randn(BATCH, heads, queries, sample.head_dim)
-        check_attention(sample, q, sample.attention_options(queries, heads, seen), cpu, mps)
+        check_attention(q, sample.attention_options(queries, heads, seen), cpu, on_gpu)
 
 
 @pytest.mark.parametrize("sample", SAMPLES[::6], ids=str)
-def test_a_step(sample: Sample) -> None:
-    cpu, mps = encode_on_both(sample, more_tokens=10)
-    mps.load_state_dict(cpu.state_dict())
+def test_a_step(sample: Sample, gpu: str) -> None:
+    cpu, on_gpu = encode_on_both(sample, gpu, more_tokens=10)
+    on_gpu.load_state_dict(cpu.state_dict())
     for tokens in (1, 9):
         q = torch.randn(BATCH, 3 * KV_HEADS, tokens, sample.head_dim)
         k, v = torch.randn(2, BATCH, KV_HEADS, tokens, sample.head_dim)
         expected, _ = cpu.step(q, k, v)
-        out, _ = mps.step(q.to("mps"), k.to("mps"), v.to("mps"))
+        out, _ = on_gpu.step(q.to(gpu), k.to(gpu), v.to(gpu))
         # A code here and there is another one.
         assert relative_error(out, expected) < 1e-2
-        assert len(mps) == len(cpu)
+        assert len(on_gpu) == len(cpu)
 
 
 @pytest.mark.parametrize("block_size", [0, 8])
 @pytest.mark.parametrize("storage", ["tq6", "f16"])
-def test_special_numbers(block_size: int, storage: str) -> None:
+def test_special_numbers(block_size: int, storage: str, gpu: str) -> None:
     x = torch.randn(BATCH, KV_HEADS, 41, 64) + 1
     x[:, :, 7], x[:, :, 12] = 0, x[:, :, 12] * 1e6
     x[0, :, 20, 3], x[1, :, 30, 4], x[:, 0, 40] = float("nan"), float("inf"), -1e6
     caches = [
         tq.KVCache(BATCH, KV_HEADS, 64, 48, storage, storage, device, block_size=block_size, sink_length=2)
-        for device in ("cpu", "mps")
+        for device in ("cpu", gpu)
     ]
     for cache in caches:
         cache.append(x.to(cache.device), x.to(cache.device))
@@ -167,11 +163,11 @@ def test_special_numbers(block_size: int, storage: str) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_lengths(causal: bool) -> None:
-    cpu, mps = encode_on_both(SAMPLES[1])
+def test_lengths(causal: bool, gpu: str) -> None:
+    cpu, on_gpu = encode_on_both(SAMPLES[1], gpu)
     lengths = torch.tensor([20, 33], dtype=torch.int32)
     outs = []
-    for cache in (cpu, mps):
+    for cache in (cpu, on_gpu):
         cache.load_state_dict(cpu.state_dict())
         torch.manual_seed(1)
         q = torch.randn(BATCH, KV_HEADS, 3, SAMPLES[1].head_dim).to(cache.device)
@@ -226,9 +222,9 @@ def seed_calls(op: str, q: Tensor, head_dim: int, bits: int, nwg: int, nsg: int)
     ],
 )
 @pytest.mark.parametrize("head_dim", [256, 512])
-def test_the_seeds_operators(op: str, bits: int, nwg: int, nsg: int, head_dim: int) -> None:
+def test_the_seeds_operators(op: str, bits: int, nwg: int, nsg: int, head_dim: int, gpu: str) -> None:
     results = []
-    for device in ("cpu", "mps"):
+    for device in ("cpu", gpu):
         torch.manual_seed(3)
         q = torch.randn(4, head_dim).to(device)
         results.append(seed_calls(op, q, head_dim, bits, nwg, nsg))

@@ -1,0 +1,84 @@
+#include "launch.h"
+
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
+
+#include <limits>
+
+#include "driver.h"
+#include "module.h"
+
+namespace tqattn::cuda {
+namespace {
+
+using gpu::Argument;
+using gpu::Launch;
+
+constexpr uint32_t kSimdLanes = 32;
+
+uint32_t count_groups(const Launch& launch) {
+  uint64_t count = 1;
+  for (const uint32_t groups : launch.groups) {
+    count *= groups;
+    TORCH_CHECK_VALUE(count <= std::numeric_limits<int32_t>::max(), launch.kernel.name,
+                      " takes at most 2^31 - 1 threadgroups; this call needs ", launch.groups[0], " x ",
+                      launch.groups[1], " x ", launch.groups[2], "; split it by batch or by queries");
+  }
+  return static_cast<uint32_t>(count);
+}
+
+// Kernels have one block of memory for their threadgroups.
+uint32_t shared_bytes(const Launch& launch) {
+  TORCH_INTERNAL_ASSERT(launch.threadgroup_bytes.size() <= 1);
+  return launch.threadgroup_bytes.empty() ? 0 : launch.threadgroup_bytes.front();
+}
+
+void check_limits(const Launch& launch, const LoadedKernel& kernel, c10::DeviceIndex device) {
+  const char* name = launch.kernel.name;
+  const uint32_t threads = launch.simdgroups * kSimdLanes;
+  TORCH_CHECK(threads <= static_cast<uint32_t>(kernel.max_threads), name, " is launched with ", threads,
+              " threads a block; on this device it may have ", kernel.max_threads);
+  const uint32_t bytes = kernel.shared_bytes + shared_bytes(launch);
+  const int available = device_attribute(kMaxSharedBytesOfKernel, device);
+  TORCH_CHECK(bytes <= static_cast<uint32_t>(available), name, " needs ", bytes,
+              " bytes of shared memory; this device has ", available);
+}
+
+void* address(const Launch& launch, size_t index) {
+  const Argument& argument = launch.arguments[index];
+  void* begin = argument.tensor.data_ptr();
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(begin) % argument.alignment == 0, "argument ", index, " of ",
+              launch.kernel.name, " begins at byte ", reinterpret_cast<uintptr_t>(begin),
+              " of memory; it must begin at a multiple of ", argument.alignment);
+  return begin;
+}
+
+}  // namespace
+
+void launch(const std::vector<Launch>& launches, c10::Device device) {
+  const c10::DeviceGuard guard(device);
+  void* stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+  for (const Launch& launch : launches) {
+    const LoadedKernel& kernel = find_kernel(launch.kernel, device.index());
+    check_limits(launch, kernel, device.index());
+    const size_t count = launch.arguments.size();
+    c10::SmallVector<void*, 16> addresses(count), parameters(count + 1);
+    for (size_t i = 0; i < count; ++i) {
+      if (launch.arguments[i].tensor.defined()) {
+        addresses[i] = address(launch, i);
+        parameters[i] = &addresses[i];
+      } else {
+        // Zeros for a pointer that is not followed.
+        parameters[i] = const_cast<uint8_t*>(launch.arguments[i].bytes.data());
+      }
+    }
+    parameters[count] = const_cast<uint32_t*>(launch.groups.data());
+    check(driver().cuLaunchKernel(kernel.function, count_groups(launch), 1, 1, launch.simdgroups * kSimdLanes, 1, 1,
+                                  shared_bytes(launch), stream, parameters.data(), nullptr),
+          launch.kernel.name);
+  }
+}
+
+}  // namespace tqattn::cuda
