@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
+# One process a core.
+PYTEST := $(BIN)/python -m pytest -n auto --durations 10
 INSTALLED := $(VENV)/.installed
 NATIVE_TEXT := find torch_tqattn tests/metal -name '*.cpp' -o -name '*.h' -o -name '*.mm' -o -name '*.metal' | grep -v tables.h
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
@@ -22,16 +24,16 @@ doctor: $(INSTALLED)
 	$(BIN)/python -m torch_tqattn doctor
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST) --dist loadfile
 
 test-quick: $(INSTALLED)
-	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -m "not slow"
+	HYPOTHESIS_PROFILE=quick $(PYTEST) --dist loadfile -m "not slow"
 
 # The tests that take a device, on mps tensors: on Linux those of a double of Metal. Compiles hundreds of shaders.
 # MODE=race looks for races, at a third of the speed.
 MODE ?= plain
 test-metal: $(INSTALLED)
-	TQATTN_HOSTED_MPS=1 TQATTN_METAL_MODE=$(MODE) HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -m "not slow" -k mps
+	TQATTN_HOSTED_MPS=1 TQATTN_METAL_MODE=$(MODE) HYPOTHESIS_PROFILE=quick $(PYTEST) --dist worksteal -m "not slow" -k mps
 
 # Faults in shaders, launch plans and Objective-C++, each of which the tests have to notice.
 test-mutations: $(INSTALLED)

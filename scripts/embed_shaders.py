@@ -5,6 +5,7 @@ compiled from memory, where there are no files. With --cuda the texts are CUDA C
 """
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def main() -> None:
     if output.exists() and output.read_text() == text:
         return  # what depends on it need not be built again
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text)
+    partial = output.with_suffix(f".{os.getpid()}")  # whole or not at all: others may be reading it
+    partial.write_text(text)
+    partial.replace(output)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def test_a_shader_compiles(path: source.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SHADERS, ids=lambda path: path.stem)
-def test_every_specialisation_compiles(path: source.Path) -> None:
-    check_compiles(path, USUAL, 1)
+def test_more_of_its_specialisations_compile(path: source.Path) -> None:
+    check_compiles(path, USUAL, 2)
 
 
 KERNEL = """#include <metal_stdlib>

@@ -330,7 +330,6 @@ def test_exact_prefill_depends_on_it() -> None:
         pytest.param("gpt_oss", "eager", {**SMALL_BLOCKS, "skip_layers": [-1]}, marks=pytest.mark.slow),
         pytest.param("llama", "eager", {**SMALL_BLOCKS, "skip_layers": [0]}, marks=pytest.mark.slow),
         pytest.param("llama", "inductor", SMALL_BLOCKS, marks=pytest.mark.slow),
-        pytest.param("gemma4", "inductor", SMALL_BLOCKS, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_generation(family: str, backend: str, options: dict[str, Any]) -> None:
