@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 # Before torch is loaded: on a busy machine, threads that spin while they wait make many small calls very slow.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# As many as there are cores for each of several test processes, but two, so that work is split.
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 1) // WORKERS)))
+# Each of several test processes gets its share of the cores, but two threads, so that work is split.
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+)
 
 import hypothesis
 import pytest
