@@ -24,10 +24,10 @@ doctor: $(INSTALLED)
 	$(BIN)/python -m torch_tqattn doctor
 
 test: $(INSTALLED)
-	$(PYTEST) --dist loadfile
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
 test-quick: $(INSTALLED)
-	HYPOTHESIS_PROFILE=quick $(PYTEST) --dist loadfile -m "not slow"
+	HYPOTHESIS_PROFILE=quick $(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # The tests that take a device, on mps tensors: on Linux those of a double of Metal. Compiles hundreds of shaders.
 # MODE=race looks for races, at a third of the speed.
