@@ -125,7 +125,8 @@ Variant choose_variant(const AttendCall& call, int64_t group_rows, const Device&
     const Variant variant{"attend_matrix",          "tq_attend_matrix",  queries, simdgroups, kMatrixPositions,
                           device.matrix_processors, attend_matrix_floats};
     const uint32_t bytes = padded_bytes(variant.floats(call, variant.queries, simdgroups));
-    if (device.matrix_processors > 0 && bytes <= device.matrix_bytes) return variant;
+    const bool is_able = device.matrix_processors > 0 && bytes <= device.matrix_bytes;
+    if (is_able && call.simdgroups <= simdgroups) return variant;
   }
   const uint32_t rows = power_of_two_from(to_count(group_rows, "query rows"));
   return {"attend",     "tq_attend", std::min(device.queries, rows), kSimdgroups, kFewestPositions, device.threadgroups,
