@@ -159,6 +159,16 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   return std::get<0>(at::_scaled_dot_product_attention_math(q, k, v, added, dropout, is_causal, {}, scale, enable_gqa));
 }
 
+// On the CPU, as what falls back; but PyTorch has a kernel for all devices, which raises an error.
+Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride,
+                   at::IntArrayRef padding, at::IntArrayRef dilation, bool is_transposed,
+                   at::IntArrayRef output_padding, int64_t groups) {
+  const std::optional<Tensor> cpu_bias = bias.has_value() ? std::optional(bias->cpu()) : std::nullopt;
+  return at::convolution(x.cpu(), weight.cpu(), cpu_bias, stride, padding, dilation, is_transposed, output_padding,
+                         groups)
+      .to(x.device());
+}
+
 void fall_back(const c10::OperatorHandle& op, torch::jit::Stack* stack) { at::native::cpu_fallback(op, stack); }
 
 TORCH_LIBRARY_IMPL(_, MPS, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fall_back>()); }
@@ -172,6 +182,7 @@ TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("_local_scalar_dense", local_scalar);
   m.impl("resize_", resize_);
   m.impl("scaled_dot_product_attention", attention);
+  m.impl("convolution_overrideable", convolution);
   m.impl("as_strided", at::native::as_strided_tensorimpl);
   m.impl("view", at::native::view);
   m.impl("_reshape_alias", at::native::_reshape_alias);
