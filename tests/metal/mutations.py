@@ -52,6 +52,7 @@ class Mutation:
 
 _ATTEND, _ENCODE, _REDUCE = "shaders/attend.metal", "shaders/encode.metal", "shaders/reduce.metal"
 _DECODE, _STORE, _ROW, _STATE = "shaders/decode.metal", "shaders/store.h", "shaders/row.h", "shaders/state.h"
+_VISIBLE = "shaders/visible.h"
 _CODES, _PLAN, _LAUNCH, _PIPELINE = "shaders/codes.h", "csrc/gpu/plan.cpp", "csrc/mps/encode.mm", "csrc/mps/pipeline.mm"
 
 MUTATIONS = [
@@ -72,11 +73,11 @@ MUTATIONS = [
     # Shaders
     Mutation("the last positions of a block are left out", _ATTEND, "p < block_end; p +=", "p + 1 < block_end; p +="),
     Mutation(
-        "a window is one position longer", _ATTEND, "newest - int(params.window) + 1", "newest - int(params.window)"
+        "a window is one position longer", _VISIBLE, "newest - int(params.window) + 1", "newest - int(params.window)"
     ),
-    Mutation("a query sees the token after it", _ATTEND, "min(length, newest + 1)", "min(length, newest + 2)"),
+    Mutation("a query sees the token after it", _VISIBLE, "min(length, newest + 1)", "min(length, newest + 2)"),
     Mutation("the mask's rows have the wrong length", _ATTEND, "* (params.length - params.start)", "* params.length"),
-    Mutation("the mask is that of the first sequence", _ATTEND, "(params.mask_batch > 1 ? batch : 0)", "0"),
+    Mutation("the mask is that of the first sequence", _VISIBLE, "(params.mask_batch > 1 ? batch : 0)", "0"),
     Mutation("softcap leaves the mean out", _ATTEND, "k_factor) + mean_logit[r];", "k_factor);"),
     Mutation("a block's weight is not scaled down", _ATTEND, "            block_weight[r] *= decay;\n", ""),
     Mutation("the value's scale is the key's", _ATTEND, "numbers.norm * v_factor", "numbers.norm * k_factor"),

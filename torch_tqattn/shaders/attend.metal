@@ -14,6 +14,7 @@ using namespace metal;
 #include "params.h"
 #include "state.h"
 #include "store.h"
+#include "visible.h"
 
 // What is needed of the queries; each lane has its part of them all.
 struct TqQueries {
@@ -194,12 +195,10 @@ kernel void tq_attend(device const TQ_INPUT* q [[buffer(0)]], device const uchar
     tq_load(q + at * TQ_HEAD_DIM, lane, queries.q[r]);
     if (params.rotate_q != 0) tq_rotate(lane, queries.q[r]);
     tq_scale(params.scale, queries.q[r]);
-    const int newest = length - int(params.q_len) + int(token);
-    queries.begin[r] = max(int(params.start), first);
-    queries.end[r] = params.causal != 0 ? min(length, newest + 1) : length;
-    if (params.window != 0) queries.begin[r] = max(queries.begin[r], newest - int(params.window) + 1);
-    const uint mask_row = (params.mask_batch > 1 ? batch : 0) * params.mask_rows + (params.mask_rows > 1 ? token : 0);
-    queries.mask[r] = mask + ulong(mask_row) * (params.length - params.start);
+    const TqVisible seen = tq_visible(params, batch, first, length, token);
+    queries.begin[r] = seen.begin;
+    queries.end[r] = seen.end;
+    queries.mask[r] = mask + ulong(seen.mask_row) * (params.length - params.start);
     if (queries.begin[r] < queries.end[r]) {
       begin = min(begin, queries.begin[r]);
       end = max(end, queries.end[r]);

@@ -14,6 +14,7 @@ using namespace metal;
 #include "params.h"
 #include "state.h"
 #include "tile.h"
+#include "visible.h"
 
 #if TQ_HEAD_DIM % 64 != 0 || TQ_HEAD_DIM > 256
 #error "attend_matrix.metal is for head dims 64, 128, 192 and 256"
@@ -289,21 +290,15 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
 
   // The positions that the first and the last query may see: no query sees what is before those of the first, or after
   // those of the last.
-  int begin[2], end[2];
-#pragma unroll
-  for (uint i = 0; i < 2; ++i) {
-    const uint row = i == 0 ? first_row : first_row + used_rows - 1;
-    const int newest = length - int(params.q_len) + int(row / heads_per_kv);
-    begin[i] = max(int(params.start), first);
-    end[i] = params.causal != 0 ? min(length, newest + 1) : length;
-    if (params.window != 0) begin[i] = max(begin[i], newest - int(params.window) + 1);
-  }
+  const TqVisible oldest = tq_visible(params, batch, first, length, first_row / heads_per_kv);
+  const TqVisible newest = tq_visible(params, batch, first, length, (first_row + used_rows - 1) / heads_per_kv);
+  const int begin = oldest.begin, end = max(begin, newest.end);
   // This simdgroup's share: whole tiles, which begin at multiples of their size.
   const int parts = int(params.splits * simdgroups), part = int(group.x * simdgroups + simdgroup);
-  const int first_tile = begin[0] / TQ_TILE, tile_count = max((end[1] + TQ_TILE - 1) / TQ_TILE - first_tile, 0);
+  const int first_tile = begin / TQ_TILE, tile_count = (end + TQ_TILE - 1) / TQ_TILE - first_tile;
   const int share = (tile_count + parts - 1) / parts;
-  const int from = clamp((first_tile + part * share) * TQ_TILE, begin[0], max(begin[0], end[1]));
-  const int to = clamp((first_tile + (part + 1) * share) * TQ_TILE, from, max(begin[0], end[1]));
+  const int from = clamp((first_tile + part * share) * TQ_TILE, begin, end);
+  const int to = clamp((first_tile + (part + 1) * share) * TQ_TILE, from, end);
   // The first tokens, what has been coded, and the newest tokens.
   const int coded_begin = TQ_TAIL ? clamp(first + int(params.sink_length), from, to) : from;
   const int coded_end = TQ_TAIL ? clamp(int(params.coded), coded_begin, to) : to;
@@ -361,19 +356,17 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
 
   TqQueries queries;
   TqGathered gathered;
-  queries.all_begin = begin[1];
-  queries.all_end = end[0];
+  queries.all_begin = newest.begin;
+  queries.all_end = oldest.end;
 #pragma unroll
   for (uint h = 0; h < TQ_HALVES; ++h) {
 #pragma unroll
     for (uint i = 0; i < 2; ++i) {
-      const uint row = min(first_row + 8 * h + 2 * tq_share(lane) + i, rows - 1), token = row / heads_per_kv;
-      const int newest = length - int(params.q_len) + int(token);
-      queries.begin[h][i] = max(int(params.start), first);
-      queries.end[h][i] = params.causal != 0 ? min(length, newest + 1) : length;
-      if (params.window != 0) queries.begin[h][i] = max(queries.begin[h][i], newest - int(params.window) + 1);
-      queries.mask_row[h][i] =
-          (params.mask_batch > 1 ? batch : 0) * params.mask_rows + (params.mask_rows > 1 ? token : 0);
+      const uint row = min(first_row + 8 * h + 2 * tq_share(lane) + i, rows - 1);
+      const TqVisible seen = tq_visible(params, batch, first, length, row / heads_per_kv);
+      queries.begin[h][i] = seen.begin;
+      queries.end[h][i] = seen.end;
+      queries.mask_row[h][i] = seen.mask_row;
       gathered.largest[h][i] = TQ_NO_LOGIT;
       gathered.sum[h][i] = 0.0f;
     }

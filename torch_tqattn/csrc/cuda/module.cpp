@@ -5,20 +5,12 @@
 #include <map>
 #include <mutex>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "cuda_shader_sources.h"
 
 namespace tqattn::cuda {
 namespace {
-
-const char* find_source(std::string_view shader) {
-  for (const ShaderSource& source : kShaderSources) {
-    if (source.name == shader) return source.text;
-  }
-  TORCH_INTERNAL_ASSERT(false, "there is no shader ", shader);
-}
 
 // A thread of its own has no context until something sets one.
 void make_context_current(c10::DeviceIndex device) {
@@ -57,7 +49,8 @@ std::vector<char> compile(const gpu::Kernel& kernel, c10::DeviceIndex device) {
   Program program = nullptr;
   const std::string file = std::string(kernel.shader) + ".metal";
   const Driver& nvrtc = driver();
-  TORCH_CHECK(nvrtc.nvrtcCreateProgram(&program, find_source(kernel.shader), file.c_str(), 0, nullptr, nullptr) == 0,
+  TORCH_CHECK(nvrtc.nvrtcCreateProgram(&program, gpu::find_source(kShaderSources, kernel.shader), file.c_str(), 0,
+                                       nullptr, nullptr) == 0,
               "NVRTC does not start");
   const int error = nvrtc.nvrtcCompileProgram(program, static_cast<int>(texts.size()), texts.data());
   size_t size = 0;

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include <array>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -23,6 +25,15 @@ inline std::string describe(const Kernel& kernel) {
   std::string text = std::string(kernel.name) + " of " + kernel.shader + ".metal";
   for (const auto& [name, value] : kernel.macros) text += std::string(" ") + name + "=" + value;
   return text;
+}
+
+// The text of a shader, out of the sources that scripts/embed_shaders.py has embedded for a platform.
+template <typename Sources>
+const char* find_source(const Sources& sources, std::string_view shader) {
+  for (const auto& source : sources) {
+    if (source.name == shader) return source.text;
+  }
+  TORCH_INTERNAL_ASSERT(false, "there is no shader ", shader);
 }
 
 // What is bound at one buffer index: a tensor on the device, or a few bytes.

@@ -4,20 +4,12 @@
 #include <c10/util/Exception.h>
 
 #include <mutex>
-#include <string_view>
 #include <unordered_map>
 
 #include "shader_sources.h"
 
 namespace tqattn::mps {
 namespace {
-
-const char* find_source(std::string_view shader) {
-  for (const ShaderSource& source : kShaderSources) {
-    if (source.name == shader) return source.text;
-  }
-  TORCH_INTERNAL_ASSERT(false, "there is no shader ", shader);
-}
 
 NSString* string(const std::string& text) { return [NSString stringWithUTF8String:text.c_str()]; }
 
@@ -62,7 +54,7 @@ id<MTLComputePipelineState> find_pipeline(const gpu::Kernel& kernel) {
   id<MTLComputePipelineState>& pipeline = (*pipelines)[key];
   if (pipeline == nil) {
     std::string complaint;
-    pipeline = compile(kernel, find_source(kernel.shader), complaint);
+    pipeline = compile(kernel, gpu::find_source(kShaderSources, kernel.shader), complaint);
     TORCH_CHECK(pipeline != nil, "cannot compile ", key, ": ", complaint);
   }
   return pipeline;
