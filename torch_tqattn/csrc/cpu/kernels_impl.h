@@ -5,7 +5,8 @@ namespace {
 // clang-format off: each uses the ones before it
 #include "simd.h"
 #include "rotate_impl.h"
-#include "codes_impl.h"
+#include "encode_impl.h"
+#include "decode_impl.h"
 #include "attend_impl.h"
 // clang-format on
 
