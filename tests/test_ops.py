@@ -430,8 +430,9 @@ def test_a_ring_gives_what_a_straight_store_gives(device: str) -> None:
     q = torch.randn(2, 4, 2, 64, device=device)
     for start in (60, 77, 99):
         a, b = (tqattn.attend(q, *s, start, 100, 100, window=30) for s in (straight, ring))
-        assert torch.equal(a[0], b[0])
-        assert torch.equal(a[1], b[1])
+        # Sums of other parts, as positions that lie together are read together: a few last bits.
+        torch.testing.assert_close(a[0], b[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a[1], b[1], rtol=1e-6, atol=1e-6)
 
 
 def test_strided_and_offset_inputs(device: str) -> None:

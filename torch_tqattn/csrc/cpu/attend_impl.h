@@ -1,99 +1,16 @@
-// Attention walks the positions in tiles, each within one block. A tile's keys (then values) are decoded once into a
-// small dense buffer, and every query that shares the KV head uses it: plain dense attention on a tile that stays in
-// the first-level cache. Norms are left to the logits and the weights, which are far fewer than the numbers; and so are
-// the block's means: q . mean is one more number for each query, and the block's total weight is the value mean's.
+// Attention walks the positions in tiles, each within one run of rows that are kept alike. Rows are read where they are
+// used: codes become levels in registers, and up to 4 queries that share the KV head use them there. For more queries
+// a tile is decoded once into a small dense buffer, which stays in the first-level cache. Norms are left to the logits
+// and the weights, which are far fewer than the numbers; and so are the block's means: q . mean is one more number for
+// each query, and the block's total weight is the value mean's.
 //
 // Part of kernels_impl.h: compiled once for each instruction set.
 
 constexpr int kMaxTile = 64;
-constexpr int kTileFloats = 8192;         // 32 KiB: positions a tile times head_dim
-constexpr int kLogitRow = kMaxTile + 16;  // from one row's logits to the next one's: a mean may follow the positions
-
-int64_t tile_positions(int64_t head_dim) {
-  const int64_t fit = kTileFloats / head_dim / 16 * 16;
-  return fit < kMaxTile ? fit : kMaxTile;
-}
-
-// logits[r][j] = q_r . k_j for kRows rows and all positions of a tile; `count` is a multiple of kColumns.
-template <int kRows>
-void score_rows(const float* q, const float* keys, int64_t count, int64_t head_dim, float* logits) {
-#if defined(TQ_ISA_AVX2)
-  constexpr int kColumns = 2;  // 16 registers hold 8 sums and what they are made of
-#else
-  constexpr int kColumns = 4;
-#endif
-  for (int64_t j = 0; j < count; j += kColumns) {
-    FloatVec sums[16] = {};
-    const float* key = keys + j * head_dim;
-    for (int64_t i = 0; i < head_dim; i += kWidth) {
-      FloatVec k[kColumns];
-#pragma GCC unroll 4
-      for (int c = 0; c < kColumns; ++c) k[c] = load(key + c * head_dim + i);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const FloatVec x = load(q + r * head_dim + i);
-#pragma GCC unroll 4
-        for (int c = 0; c < kColumns; ++c) sums[r * kColumns + c] += x * k[c];
-      }
-    }
-    float totals[16];
-    sum_lanes_of_16(sums, totals);
-    for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kColumns; ++c) logits[r * kLogitRow + j + c] = totals[r * kColumns + c];
-    }
-  }
-}
-
-// logits[r] = q_r . mean for kRows rows.
-template <int kRows>
-void score_mean(const float* q, const float* mean, int64_t head_dim, float* logits) {
-  FloatVec sums[16] = {};
-  for (int64_t i = 0; i < head_dim; i += kWidth) {
-    const FloatVec x = load(mean + i);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) sums[r] += load(q + r * head_dim + i) * x;
-  }
-  float totals[16];
-  sum_lanes_of_16(sums, totals);
-  for (int r = 0; r < kRows; ++r) logits[r] = totals[r];
-}
-
-// out_r += sum_j weights[r][j] v_j.
-template <int kRows>
-void add_values(const float* weights, const float* values, int64_t count, int64_t head_dim, float* out,
-                int64_t out_stride) {
-#if defined(TQ_ISA_AVX2)
-  constexpr int kColumns = 2;
-#else
-  constexpr int kColumns = 4;
-#endif
-  const auto columns = [&](int64_t i, auto column_count) TQ_LAMBDA_INLINE {
-    constexpr int kCount = decltype(column_count)::value;
-    FloatVec sums[kRows][kCount];
-    for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kCount; ++c) sums[r][c] = load(out + r * out_stride + i + c * kWidth);
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      FloatVec v[kCount];
-#pragma GCC unroll 4
-      for (int c = 0; c < kCount; ++c) v[c] = load(values + j * head_dim + i + c * kWidth);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const FloatVec w = broadcast(weights[r * kLogitRow + j]);
-#pragma GCC unroll 4
-        for (int c = 0; c < kCount; ++c) sums[r][c] += w * v[c];
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kCount; ++c) store(out + r * out_stride + i + c * kWidth, sums[r][c]);
-    }
-  };
-  int64_t i = 0;
-  for (; i + kColumns * kWidth <= head_dim; i += kColumns * kWidth) {
-    columns(i, std::integral_constant<int, kColumns>());
-  }
-  for (; i < head_dim; i += kWidth) columns(i, std::integral_constant<int, 1>());
-}
+constexpr int kLogitRow = kMaxTile + 16;  // from one row's logits to the next one's
+constexpr int kDirectRows = 8;            // queries up to which reading codes again is cheaper than storing numbers
+constexpr int kCopiedRow = 96;            // bytes of a row that may have to be copied: head_dim no multiple of kCodes
+constexpr int kDenseFloats = 8192;        // 32 KiB: positions of a tile times dims
 
 // Calls function with std::integral_constant<int, rows in this group> for groups of at most 4 rows.
 template <typename Function>
@@ -105,29 +22,85 @@ void for_row_groups(int64_t rows, Function function) {
   if (rows - r == 1) function(r, std::integral_constant<int, 1>());
 }
 
-// Logits of one row to weights; updates the row's sum and maximum and rescales what it has gathered so far, the weight
-// of its block's mean included.
-void softmax_row(float* logits, int64_t padded, float* sums, float* out, int64_t head_dim, float* mean_weight) {
-  FloatVec largest = broadcast(-INFINITY);
-  for (int64_t j = 0; j < padded; j += kWidth) largest = max(load(logits + j), largest);
-  const float old_max = sums[1];
-  const float tile_max = max_lanes(largest);
-  const float new_max = tile_max > old_max ? tile_max : old_max;
-  const float shift = new_max == -INFINITY ? 0.0f : new_max;  // a row that has seen nothing yet
-  FloatVec total = {};
-  for (int64_t j = 0; j < padded; j += kWidth) {
-    const FloatVec weight = exp_negative(load(logits + j) - shift);
-    store(logits + j, weight);
-    total += weight;
+// Queries in groups as for_row_groups makes them, a group's vectors side by side: one address is enough to read them.
+void interleave(const float* q, int64_t rows, int64_t head_dim, float* out) {
+  for_row_groups(rows, [&](int64_t first, auto group) {
+    for (int64_t i = 0; i < head_dim; i += kWidth) {
+      for (int64_t r = first; r < first + group; ++r, out += kWidth) store(out, load(q + r * head_dim + i));
+    }
+  });
+}
+
+// logits[r * kLogitRow + j] = q_r . row j, over dims from..to, for kRows queries; q is interleaved. For j from `count`
+// on, up to a multiple of kColumns, logits are anything.
+template <int kRows, typename Rows>
+void score_rows(const Rows& rows, Span span, int64_t count, int64_t from, int64_t to, const float* q, float* logits) {
+  constexpr int kColumns = kRows == 3 ? 4 : 16 / kRows;
+  for (int64_t j = 0; j < count; j += kColumns) {
+    FloatVec sums[16];
+    if constexpr (kRows == 3) sums[12] = sums[13] = sums[14] = sums[15] = FloatVec{};
+    // Two rows at a time, which share what is loaded of q: loads would be the limit.
+#pragma GCC unroll 2
+    for (int c = 0; c < kColumns; c += 2) {
+      const uint8_t* row = span.first + smaller(j + c, count - 1) * span.stride;
+      const uint8_t* next = span.first + smaller(j + c + 1, count - 1) * span.stride;
+      FloatVec gathered[2][kRows] = {};
+      rows.for_each_part(from, to, [&](auto part, int64_t at) TQ_LAMBDA_INLINE {
+        FloatVec x[2][part.kCount];
+        part(row, x[0]);
+        part(next, x[1]);
+        const float* at_q = q + at * kRows;
+#pragma GCC unroll 4
+        for (int v = 0; v < part.kCount; ++v) {
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            FloatVec of_q = load(at_q + (v * kRows + r) * kWidth);
+            keep(of_q);
+            gathered[0][r] += x[0][v] * of_q;
+            gathered[1][r] += x[1][v] * of_q;
+          }
+        }
+      });
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        sums[r * kColumns + c] = gathered[0][r];
+        sums[r * kColumns + c + 1] = gathered[1][r];
+      }
+    }
+    float totals[16];
+    sum_lanes_of_16(sums, totals);
+    for (int r = 0; r < kRows; ++r) std::memcpy(logits + r * kLogitRow + j, totals + r * kColumns, kColumns * 4);
   }
-  const float decay = old_max == new_max ? 1.0f : std::exp(old_max - shift);
-  const float added = sum_lanes(total);
-  sums[0] = sums[0] * decay + added;
-  *mean_weight = *mean_weight * decay + added;
-  sums[1] = new_max;
-  if (decay != 1.0f) {
-    for (int64_t i = 0; i < head_dim; i += kWidth) store(out + i, load(out + i) * decay);
-  }
+}
+
+// out_r += sum_j weights[r * kLogitRow + j] * row j, over dims from..to, for kRows queries.
+template <int kRows, typename Rows>
+void add_rows(const Rows& rows, Span span, int64_t count, int64_t from, int64_t to, const float* weights, float* out,
+              int64_t out_stride) {
+  rows.for_each_part(from, to, [&](auto part, int64_t at) TQ_LAMBDA_INLINE {
+    FloatVec sums[kRows][part.kCount];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < part.kCount; ++v) sums[r][v] = load(out + r * out_stride + at + v * kWidth);
+    }
+    const uint8_t* row = span.first;
+    for (int64_t j = 0; j < count; ++j, row += span.stride) {
+      FloatVec x[part.kCount];
+      part(row, x);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const FloatVec weight = broadcast(weights[r * kLogitRow + j]);
+#pragma GCC unroll 4
+        for (int v = 0; v < part.kCount; ++v) sums[r][v] += weight * x[v];
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < part.kCount; ++v) store(out + r * out_stride + at + v * kWidth, sums[r][v]);
+    }
+  });
 }
 
 // -inf where a row may not see a position of the tile. Returns a bit for each position that some row sees.
@@ -150,85 +123,252 @@ uint64_t hide_positions(const AttendTask& task, int64_t begin, int64_t count, in
   return seen;
 }
 
-void attend(const AttendTask& task) {
-  const TqAttendParams& params = *task.params;
-  const int64_t head_dim = params.head_dim;
-  const int64_t tile = tile_positions(head_dim);
-  alignas(64) float dense[kTileFloats + TQ_MAX_HEAD_DIM];
-  alignas(64) float logits[kMaxTaskRows * kLogitRow];
-  for (int64_t r = 0; r < task.rows; ++r) {
-    std::memset(task.out + r * task.out_stride, 0, head_dim * sizeof(float));
-    task.sums[r * task.sums_stride] = 0.0f;
-    task.sums[r * task.sums_stride + 1] = -INFINITY;
-  }
-  // Positions that every row sees, so that nothing need be hidden.
-  int64_t common_begin = 0, common_end = task.row_mask == nullptr ? task.end : 0;
-  for (int64_t r = 0; r < task.rows; ++r) {
-    common_begin = task.row_begin[r] > common_begin ? task.row_begin[r] : common_begin;
-    common_end = task.row_end[r] < common_end ? task.row_end[r] : common_end;
-  }
-  RowDecoder keys(task.k, params), values(task.v, params);
-  float mean_logits[kMaxTaskRows];  // of the run that ends at run_end
-  float mean_weights[kMaxTaskRows] = {};
-  int64_t end = task.begin, run_end = task.begin;
-  for (int64_t begin = task.begin; begin < task.end; begin = end) {
-    const Run run = keys.run(begin, task.end);
-    end = run.end - begin < tile ? run.end : begin + tile;
-    const int64_t count = end - begin;
-    const int64_t padded = (count + 15) / 16 * 16;
-    alignas(64) float factors[kMaxTile];
-    for (int64_t j = 0; j < count; ++j) factors[j] = keys.numbers(run.place, begin + j, dense + j * head_dim);
-    std::memset(dense + count * head_dim, 0, (padded - count) * head_dim * sizeof(float));
-    std::memset(factors + count, 0, (padded - count) * sizeof(float));
-    for_row_groups(task.rows, [&](int64_t r, auto group) {
-      score_rows<decltype(group)::value>(task.q + r * head_dim, dense, padded, head_dim, logits + r * kLogitRow);
+// One task: see kernels.h.
+class Attention {
+ public:
+  explicit Attention(const AttendTask& task)
+      : task_(task),
+        params_(*task.params),
+        head_dim_(task.params->head_dim),
+        padded_(padded_dim(task.params->head_dim)),
+        keys_(task.k, *task.params),
+        values_(task.v, *task.params),
+        common_end_(task.row_mask == nullptr ? task.end : 0) {
+    for (int64_t r = 0; r < task.rows; ++r) {
+      std::memset(out(r), 0, head_dim_ * sizeof(float));
+      task.sums[r * task.sums_stride] = 0.0f;
+      task.sums[r * task.sums_stride + 1] = -INFINITY;
+      common_begin_ = task.row_begin[r] > common_begin_ ? task.row_begin[r] : common_begin_;
+      common_end_ = smaller(task.row_end[r], common_end_);
+    }
+    interleave(task.q, task.rows, head_dim_, q_);
+    keys_.with_rows(Place::kCoded, [&](const auto& rows) {
+      float* ordered = coded_out_;  // not in use yet
+      for (int64_t r = 0; r < task.rows; ++r) rows.order(task.q + r * head_dim_, ordered + r * padded_);
+      interleave(ordered, task.rows, padded_, coded_q_);
     });
-    if (begin >= run_end) {
-      const float* mean = keys.mean(run.place, begin);
-      if (mean == nullptr) std::memset(mean_logits, 0, sizeof(mean_logits));
-      for_row_groups(mean != nullptr ? task.rows : 0, [&](int64_t r, auto group) {
-        score_mean<decltype(group)::value>(task.q + r * head_dim, mean, head_dim, mean_logits + r);
-      });
+    std::memset(coded_out_, 0, task.rows * padded_ * sizeof(float));
+  }
+
+  void run() {
+    const int64_t tile = is_direct() ? kMaxTile : smaller(kMaxTile, kDenseFloats / padded_ / 16 * 16);
+    int64_t end = task_.begin, run_end = task_.begin;
+    for (int64_t begin = task_.begin; begin < task_.end; begin = end) {
+      const Run run = find_run(task_.k, params_, begin, task_.end);
+      end = smaller(run.end, begin + tile);
+      if (begin >= run_end) score_mean(run.place, begin);
       run_end = run.end;
+      attend_tile(run.place, begin, end, end == run_end);
     }
-    for (int64_t r = 0; r < task.rows; ++r) {
-      float* row = logits + r * kLogitRow;
-      const FloatVec of_mean = broadcast(mean_logits[r]);
-      for (int64_t j = 0; j < padded; j += kWidth) store(row + j, load(row + j) * load(factors + j) + of_mean);
-      if (params.softcap > 0) {
-        for (int64_t j = 0; j < count; ++j) row[j] = params.softcap * std::tanh(row[j] / params.softcap);
-      }
-    }
-    uint64_t seen = ~uint64_t{0};
-    const bool is_common = begin >= common_begin && end <= common_end && count == padded;
-    if (!is_common) seen = hide_positions(task, begin, count, padded, logits);
-    const bool ends_run = end == run.end;
-    if (seen == 0 && !ends_run) continue;
-    for (int64_t j = 0; j < count; ++j) {
-      if ((seen >> j) & 1) {
-        factors[j] = values.numbers(run.place, begin + j, dense + j * head_dim);
-      } else {  // a weight of zero times whatever lies there may be NaN
-        std::memset(dense + j * head_dim, 0, head_dim * sizeof(float));
-        factors[j] = 0.0f;
-      }
-    }
-    // A block's mean is one more value of its last tile, with the weight of all its positions.
-    const float* value_mean = ends_run ? values.mean(run.place, begin) : nullptr;
-    if (value_mean != nullptr) std::memcpy(dense + count * head_dim, value_mean, head_dim * sizeof(float));
-    for (int64_t r = 0; r < task.rows; ++r) {
-      float* row = logits + r * kLogitRow;
-      softmax_row(row, padded, task.sums + r * task.sums_stride, task.out + r * task.out_stride, head_dim,
-                  &mean_weights[r]);
-      for (int64_t j = 0; j < padded; j += kWidth) store(row + j, load(row + j) * load(factors + j));
-      if (ends_run) {
-        row[count] = mean_weights[r];
-        mean_weights[r] = 0.0f;
-      }
-    }
-    const int64_t value_count = value_mean != nullptr ? count + 1 : count;
-    for_row_groups(task.rows, [&](int64_t r, auto group) {
-      add_values<decltype(group)::value>(logits + r * kLogitRow, dense, value_count, head_dim,
-                                         task.out + r * task.out_stride, task.out_stride);
+    values_.with_rows(Place::kCoded, [&](const auto& rows) {
+      for (int64_t r = 0; r < task_.rows; ++r) rows.add_natural(coded_out_ + r * padded_, out(r));
     });
   }
-}
+
+ private:
+  float* out(int64_t r) { return task_.out + r * task_.out_stride; }
+  bool is_direct() const { return task_.rows <= kDirectRows; }
+
+  // `q` is interleaved, of `q_dim` numbers in the rows' order.
+  template <typename Rows>
+  void score(const Rows& rows, Span span, int64_t count, int64_t from, int64_t to, const float* q, int64_t q_dim,
+             float* logits) {
+    for_row_groups(task_.rows, [&](int64_t r, auto group) {
+      score_rows<decltype(group)::value>(rows, span, count, from, to, q + r * q_dim, logits + r * kLogitRow);
+    });
+  }
+
+  template <typename Rows>
+  void add(const Rows& rows, Span span, int64_t count, int64_t from, int64_t to, const float* weights, float* out,
+           int64_t out_stride) {
+    for_row_groups(task_.rows, [&](int64_t r, auto group) {
+      add_rows<decltype(group)::value>(rows, span, count, from, to, weights + r * kLogitRow, out + r * out_stride,
+                                       out_stride);
+    });
+  }
+
+  // The tile's rows, decoded into the dense buffer in their own order.
+  template <typename Rows>
+  Span densify(const Rows& rows, Span span, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) read_row(rows, span.first + j * span.stride, head_dim_, dense_ + j * padded_);
+    return {reinterpret_cast<const uint8_t*>(dense_), padded_ * 4};
+  }
+
+  // Half-precision rows with zeros where nobody looks: a weight of zero times whatever lies there may be NaN.
+  Span copy_seen(Span span, int64_t count, uint64_t seen) {
+    for (int64_t j = 0; j < count; ++j) {
+      float* row = dense_ + j * head_dim_;
+      if ((seen >> j) & 1) {
+        read_row(HalfRows{head_dim_}, span.first + j * span.stride, head_dim_, row);
+      } else {
+        std::memset(row, 0, head_dim_ * sizeof(float));
+      }
+    }
+    return {reinterpret_cast<const uint8_t*>(dense_), head_dim_ * 4};
+  }
+
+  void score_mean(Place place, int64_t position) {
+    const c10::Half* mean = reinterpret_cast<const c10::Half*>(keys_.mean(place, position));
+    for (int64_t r = 0; r < task_.rows; ++r) {
+      FloatVec sum = {};
+      const float* q = task_.q + r * head_dim_;
+      for (int64_t i = 0; mean != nullptr && i < head_dim_; i += kWidth) sum += load(q + i) * load_half(mean + i);
+      mean_logits_[r] = sum_lanes(sum);
+    }
+  }
+
+  // Dot products of the queries with one norm group of the tile's keys, without norms.
+  void score_group(Place place, int64_t begin, int64_t count, int64_t from, float* logits) {
+    const int64_t to = smaller(head_dim_, from + TQ_NORM_GROUP);
+    if (keys_.is_half(place)) {
+      return score(HalfRows{head_dim_}, keys_.rows(place, begin), count, from, to, q_, head_dim_, logits);
+    }
+    const Span span = keys_.readable_rows(begin, count, copied_);
+    with_coded_rows(task_.k, head_dim_, [&](const auto& rows) {
+      if (is_direct()) return score(rows, span, count, from, to, coded_q_, padded_, logits);
+      const int64_t padded_to = to == head_dim_ ? padded_ : to;
+      score(FloatRows{padded_}, densify(rows, span, count), count, from, padded_to, coded_q_, padded_, logits);
+    });
+  }
+
+  void add_group(Place place, int64_t begin, int64_t count, int64_t from, uint64_t seen, const float* weights) {
+    const int64_t to = smaller(head_dim_, from + TQ_NORM_GROUP);
+    if (values_.is_half(place)) {
+      const Span span = values_.rows(place, begin);
+      const bool all = (~seen << (kMaxTile - count)) == 0;
+      if (all) {
+        add(HalfRows{head_dim_}, span, count, from, to, weights, task_.out, task_.out_stride);
+        return;
+      }
+      const int64_t fit = kDenseFloats / head_dim_;
+      for (int64_t j = 0; j < count; j += fit) {
+        const Span part = {span.first + j * span.stride, span.stride};
+        const int64_t rows = smaller(count - j, fit);
+        add(FloatRows{head_dim_}, copy_seen(part, rows, seen >> j), rows, from, to, weights + j, task_.out,
+            task_.out_stride);
+      }
+      return;
+    }
+    const Span span = values_.readable_rows(begin, count, copied_);
+    with_coded_rows(task_.v, head_dim_, [&](const auto& rows) {
+      if (is_direct()) return add(rows, span, count, from, to, weights, coded_out_, padded_);
+      const int64_t padded_to = to == head_dim_ ? padded_ : to;
+      add(FloatRows{padded_}, densify(rows, span, count), count, from, padded_to, weights, coded_out_, padded_);
+    });
+  }
+
+  // Logits of positions begin..begin + count to logits_; what is after them up to `padded` is anything.
+  void score_tile(Place place, int64_t begin, int64_t count, int64_t padded) {
+    for (int64_t from = 0; from < head_dim_; from += TQ_NORM_GROUP) {
+      float* products = from == 0 ? logits_ : weights_;
+      score_group(place, begin, count, from, products);
+      alignas(64) float factors[kMaxTile] = {};
+      keys_.factors(place, begin, count, from / TQ_NORM_GROUP, factors);
+      for (int64_t r = 0; r < task_.rows; ++r) {
+        const FloatVec before = broadcast(mean_logits_[r]);
+        for (int64_t j = 0; j < padded; j += kWidth) {
+          const int64_t at = r * kLogitRow + j;
+          store(logits_ + at, load(products + at) * load(factors + j) + (from == 0 ? before : load(logits_ + at)));
+        }
+      }
+    }
+    if (params_.softcap > 0) {
+      for (int64_t r = 0; r < task_.rows; ++r) {
+        float* row = logits_ + r * kLogitRow;
+        for (int64_t j = 0; j < count; ++j) row[j] = params_.softcap * std::tanh(row[j] / params_.softcap);
+      }
+    }
+  }
+
+  // Logits of one row to weights; updates the row's sum and maximum and rescales what it has gathered so far, the
+  // weight of its block's mean included.
+  void softmax_row(int64_t r, int64_t padded) {
+    float* logits = logits_ + r * kLogitRow;
+    float* sums = task_.sums + r * task_.sums_stride;
+    FloatVec largest = broadcast(-INFINITY);
+    for (int64_t j = 0; j < padded; j += kWidth) largest = max(load(logits + j), largest);
+    const float old_max = sums[1];
+    const float tile_max = max_lanes(largest);
+    const float new_max = tile_max > old_max ? tile_max : old_max;
+    const float shift = new_max == -INFINITY ? 0.0f : new_max;  // a row that has seen nothing yet
+    FloatVec total = {};
+    for (int64_t j = 0; j < padded; j += kWidth) {
+      const FloatVec weight = exp_negative(load(logits + j) - shift);
+      store(logits + j, weight);
+      total += weight;
+    }
+    const float added = sum_lanes(total);
+    sums[1] = new_max;
+    if (new_max == old_max) {
+      sums[0] += added;
+      mean_weights_[r] += added;
+      return;
+    }
+    const float decay = std::exp(old_max - shift);
+    sums[0] = sums[0] * decay + added;
+    mean_weights_[r] = mean_weights_[r] * decay + added;
+    float* coded = coded_out_ + r * padded_;
+    for (int64_t i = 0; i < head_dim_; i += kWidth) store(out(r) + i, load(out(r) + i) * decay);
+    for (int64_t i = 0; i < padded_; i += kWidth) store(coded + i, load(coded + i) * decay);
+  }
+
+  // weights_ = the softmax's weights times the norms of one group of values.
+  void weigh(Place place, int64_t begin, int64_t count, int64_t padded, int64_t group, uint64_t seen) {
+    alignas(64) float factors[kMaxTile] = {};
+    values_.factors(place, begin, count, group, factors);
+    for (int64_t j = 0; j < count && ~seen != 0; ++j) factors[j] = (seen >> j) & 1 ? factors[j] : 0.0f;
+    for (int64_t r = 0; r < task_.rows; ++r) {
+      for (int64_t at = r * kLogitRow, j = 0; j < padded; at += kWidth, j += kWidth) {
+        store(weights_ + at, load(logits_ + at) * load(factors + j));
+      }
+    }
+  }
+
+  void attend_tile(Place place, int64_t begin, int64_t end, bool ends_run) {
+    const int64_t count = end - begin, padded = (count + 15) / 16 * 16;
+    score_tile(place, begin, count, padded);
+    uint64_t seen = ~uint64_t{0};
+    const bool is_common = begin >= common_begin_ && end <= common_end_ && count == padded;
+    if (!is_common) seen = hide_positions(task_, begin, count, padded, logits_);
+    if (seen != 0) {
+      for (int64_t r = 0; r < task_.rows; ++r) softmax_row(r, padded);
+      for (int64_t from = 0; from < head_dim_; from += TQ_NORM_GROUP) {
+        weigh(place, begin, count, padded, from / TQ_NORM_GROUP, seen);
+        add_group(place, begin, count, from, seen, weights_);
+      }
+    }
+    if (ends_run) add_mean(place, begin);
+  }
+
+  // A block's mean is one more value, with the weight of all its positions.
+  void add_mean(Place place, int64_t position) {
+    const uint8_t* mean = values_.mean(place, position);
+    if (mean != nullptr) {
+      for (int64_t r = 0; r < task_.rows; ++r) weights_[r * kLogitRow] = mean_weights_[r];
+      add(HalfRows{head_dim_}, {mean, 0}, 1, 0, head_dim_, weights_, task_.out, task_.out_stride);
+    }
+    std::memset(mean_weights_, 0, sizeof(mean_weights_));
+  }
+
+  const AttendTask& task_;
+  const TqAttendParams& params_;
+  const int64_t head_dim_;
+  const int64_t padded_;  // dims in the order of coded rows
+  const SideReader keys_;
+  const SideReader values_;
+  // Positions that every row sees, so that nothing need be hidden.
+  int64_t common_begin_ = 0;
+  int64_t common_end_;
+  float mean_logits_[kMaxTaskRows];
+  float mean_weights_[kMaxTaskRows] = {};
+  alignas(64) float logits_[kMaxTaskRows * kLogitRow];
+  alignas(64) float weights_[kMaxTaskRows * kLogitRow];
+  alignas(64) float q_[kMaxTaskRows * TQ_MAX_HEAD_DIM];  // interleaved
+  // Queries (interleaved) and results in the order of the coded keys' and values' numbers.
+  alignas(64) float coded_q_[kMaxTaskRows * TQ_MAX_HEAD_DIM];
+  alignas(64) float coded_out_[kMaxTaskRows * TQ_MAX_HEAD_DIM];
+  alignas(64) float dense_[kDenseFloats];
+  uint8_t copied_[kMaxTile * kCopiedRow + kCodes];
+};
+
+void attend(const AttendTask& task) { Attention(task).run(); }

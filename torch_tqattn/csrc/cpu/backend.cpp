@@ -22,7 +22,8 @@ const Kernels& kernels() {
     const bool has_avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vbmi");
     if (has_avx512 && allowed == "AVX512") return avx512_kernels();
     if (has_avx2 && (allowed == "AVX512" || allowed == "AVX2")) return avx2_kernels();
     return baseline_kernels();
@@ -58,6 +59,7 @@ HeadStore head_store(const Side& side, int64_t head, const OptionalTensor& start
   store.first = first_position(starts, head / side.codes.size(1));
   store.format = side.format;
   store.codebook = side.codebook;
+  store.levels = side.codebook != nullptr ? &level_table(*side.codebook) : nullptr;
   store.row_bytes = row_bytes;
   store.norm_factor = side.norm_factor;
   return store;

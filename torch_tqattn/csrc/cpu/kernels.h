@@ -10,6 +10,15 @@
 
 namespace tqattn::cpu {
 
+// A codebook for look-ups of bytes: byte b of the level of code c, as a little-endian float32, is bytes[b][c]. The
+// codebook is repeated to fill the table.
+struct LevelTable {
+  alignas(64) uint8_t bytes[4][256];
+  float factor;  // what a level in the table is to be multiplied with
+};
+
+const LevelTable& level_table(const Codebook& codebook);
+
 // One head of one side of a cache.
 struct HeadStore {
   uint8_t* codes;  // rows of row_bytes; for f16, of half-precision numbers
@@ -19,6 +28,7 @@ struct HeadStore {
   int64_t first;     // position of its first token: what is before is padding
   const StorageFormat* format;
   const Codebook* codebook;  // null for f16
+  const LevelTable* levels;  // likewise
   int64_t row_bytes;
   float norm_factor;  // what a stored norm is multiplied with
 };

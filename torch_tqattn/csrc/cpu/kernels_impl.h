@@ -6,6 +6,8 @@ namespace {
 #include "simd.h"
 #include "rotate_impl.h"
 #include "encode_impl.h"
+#include "levels_impl.h"
+#include "rows_impl.h"
 #include "decode_impl.h"
 #include "attend_impl.h"
 // clang-format on

@@ -26,6 +26,17 @@ TQ_INLINE void store(float* p, FloatVec v) { __builtin_memcpy(p, &v, sizeof(v));
 
 TQ_INLINE FloatVec broadcast(float x) { return x - FloatVec{}; }
 
+// Makes the compiler load x into a register here, rather than at each of its uses.
+TQ_INLINE void keep(FloatVec& x) {
+#if defined(__aarch64__)
+  asm("" : "+w"(x));
+#elif defined(TQ_ISA_AVX512)
+  asm("" : "+v"(x));
+#else
+  asm("" : "+x"(x));
+#endif
+}
+
 TQ_INLINE FloatVec max(FloatVec a, FloatVec b) { return a > b ? a : b; }
 
 // kWidth half-precision numbers.
@@ -93,21 +104,26 @@ TQ_INLINE float max_lanes(FloatVec v) {
 // Sums of the lanes of 16 vectors.
 TQ_INLINE void sum_lanes_of_16(const FloatVec* v, float* sums) {
 #if defined(TQ_ISA_AVX512)
-  __m512 pairs[8], quads[4], octets[2];
+  // Each step halves the number of vectors: half of one and half of the other, plus the other halves in their places.
+  // A blend costs less than a second shuffle.
+  __m512 halves[8], quarters[4], eighths[2];
   for (int i = 0; i < 8; ++i) {
-    const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
-    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 a = (__m512)v[i], b = (__m512)v[i + 8];
+    halves[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
   }
+  const __m512i other_lanes = _mm512_setr_epi64(2, 3, 8, 9, 6, 7, 12, 13);
   for (int i = 0; i < 4; ++i) {
-    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
-    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    const __m512 a = halves[i], b = halves[i + 4];
+    const __m512d others = _mm512_permutex2var_pd(_mm512_castps_pd(a), other_lanes, _mm512_castps_pd(b));
+    quarters[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, a, b), _mm512_castpd_ps(others));
   }
   for (int i = 0; i < 2; ++i) {
-    octets[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88),
-                              _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xdd));
+    const __m512 a = quarters[i], b = quarters[i + 2];
+    const __m512d others = _mm512_shuffle_pd(_mm512_castps_pd(a), _mm512_castps_pd(b), 0x55);
+    eighths[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_castpd_ps(others));
   }
-  store(sums, (FloatVec)_mm512_add_ps(_mm512_shuffle_f32x4(octets[0], octets[1], 0x88),
-                                      _mm512_shuffle_f32x4(octets[0], octets[1], 0xdd)));
+  const __m512 others = _mm512_permute_ps(_mm512_mask_blend_ps(0xaaaa, eighths[1], eighths[0]), 0xb1);
+  store(sums, (FloatVec)_mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, eighths[0], eighths[1]), others));
 #elif defined(TQ_ISA_AVX2)
   for (int i = 0; i < 16; i += 4) {
     const __m256 ab = _mm256_hadd_ps((__m256)v[i], (__m256)v[i + 1]);
@@ -125,56 +141,3 @@ TQ_INLINE void sum_lanes_of_16(const FloatVec* v, float* sums) {
   for (int i = 0; i < 16; ++i) sums[i] = sum_lanes(v[i]);
 #endif
 }
-
-// A codebook, laid out for look_up.
-struct LevelTable {
-  alignas(64) float levels[64];  // codebooks of up to 6 bits, repeated to fill the table
-  const Codebook* codebook;
-};
-
-TQ_INLINE FloatVec look_up(const LevelTable& table, const uint8_t* codes, [[maybe_unused]] int bits) {
-#if defined(TQ_ISA_AVX512)
-  const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-  const float* levels = table.levels;
-  if (bits <= 4) return (FloatVec)_mm512_permutexvar_ps(index, _mm512_load_ps(levels));
-  if (bits == 5) {
-    return (FloatVec)_mm512_permutex2var_ps(_mm512_load_ps(levels), index, _mm512_load_ps(levels + 16));
-  }
-  if (bits == 6) {
-    const __m512 low = _mm512_permutex2var_ps(_mm512_load_ps(levels), index, _mm512_load_ps(levels + 16));
-    const __m512 high = _mm512_permutex2var_ps(_mm512_load_ps(levels + 32), index, _mm512_load_ps(levels + 48));
-    return (FloatVec)_mm512_mask_blend_ps(_mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), low, high);
-  }
-#elif defined(TQ_ISA_AVX2)
-  const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-  const float* levels = table.levels;
-  if (bits <= 4) {
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(levels), index);
-    if (bits <= 3) return (FloatVec)low;
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(levels + 8), index);
-    // blendv chooses by the sign bit: bit 3 of the code is shifted there.
-    return (FloatVec)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
-  }
-  return (FloatVec)_mm256_i32gather_ps(table.codebook->levels, index, 4);
-#endif
-  FloatVec v;
-  const float* all = table.codebook->levels;
-  for (int i = 0; i < kWidth; ++i) v[i] = all[codes[i]];
-  return v;
-}
-
-#if defined(TQ_ISA_AVX512)
-// 32 levels of 8-bit codes: four look-ups among 64 16-bit integers each, chosen by the code's high bits.
-TQ_INLINE __m512i look_up_integers(const int16_t* integers, const uint8_t* codes) {
-  const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-  __m512i quarter[4];
-  for (int i = 0; i < 4; ++i) {
-    quarter[i] = _mm512_permutex2var_epi16(_mm512_loadu_si512(integers + 64 * i), index,
-                                           _mm512_loadu_si512(integers + 64 * i + 32));
-  }
-  const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
-  const __mmask32 bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
-  return _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, quarter[0], quarter[1]),
-                                 _mm512_mask_blend_epi16(bit6, quarter[2], quarter[3]));
-}
-#endif

@@ -1,0 +1,42 @@
+// The codebooks as tables of bytes.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace tqattn::cpu {
+namespace {
+
+LevelTable make_table(const Codebook& codebook) {
+  LevelTable table;
+  // Integers have few digits: their lower bytes are zero and need no look-up.
+  const bool has_integers = codebook.integers != nullptr;
+  table.factor = has_integers ? codebook.scale : 1.0f;
+  for (int i = 0; i < 256; ++i) {
+    const int code = i % (1 << codebook.bits);
+    const float level = has_integers ? codebook.integers[code] : codebook.levels[code];
+    uint8_t bytes[4];
+    std::memcpy(bytes, &level, 4);
+    for (int b = 0; b < 4; ++b) table.bytes[b][i] = bytes[b];
+  }
+  return table;
+}
+
+struct AllTables {
+  LevelTable of_format[9];  // by bits
+  LevelTable exact[9];
+  AllTables() {
+    for (const int bits : {2, 3, 4, 5, 6, 8}) {
+      of_format[bits] = make_table(format_codebook(bits));
+      if (bits >= 4) exact[bits] = make_table(exact_codebook(bits));
+    }
+  }
+};
+
+}  // namespace
+
+const LevelTable& level_table(const Codebook& codebook) {
+  static const AllTables all;
+  return (codebook.integers != nullptr ? all.of_format : all.exact)[codebook.bits];
+}
+
+}  // namespace tqattn::cpu
