@@ -3,38 +3,43 @@
 
 // Rotated rows
 
-TQ_INLINE void put_row(const float* row, int64_t head_dim, float factor, float* out) {
-  for (int64_t i = 0; i < head_dim; i += kWidth) store(out + i, load(row + i) * factor);
+// Rotates rows of any type and stride. Returns whether a number may be beyond half precision's range: it is then
+// infinite, unless kSaturate says what finite numbers become.
+template <int kHeadDim, bool kSaturate, typename In, typename Out>
+bool rotate_rows(const In* in, int64_t stride, int64_t rows, Out* out) {
+  constexpr int64_t kAhead = 8;  // rows of one head are far apart: the processor does not see them coming
+  const float factor = 1.0f / std::sqrt(static_cast<float>(kHeadDim));
+  alignas(64) float row[kHeadDim];
+  FloatVec squares = {};
+  for (int64_t r = 0; r < rows; ++r, in += stride, out += kHeadDim) {
+    if (r + kAhead < rows) {
+      const char* next = reinterpret_cast<const char*>(in + kAhead * stride);
+      for (size_t i = 0; i < kHeadDim * sizeof(In); i += 64) __builtin_prefetch(next + i);
+    }
+    signed_hadamard<kHeadDim>(in, true, row);
+    for (int i = 0; i < kHeadDim; i += kWidth) {
+      const FloatVec x = load(row + i) * factor;
+      squares += x * x;
+      put(out + i, kSaturate ? saturate(x) : x);
+    }
+  }
+  return !(sum_lanes(squares) < TQ_HALF_MAX * TQ_HALF_MAX);
 }
 
-TQ_INLINE void put_row(const float* row, int64_t head_dim, float factor, c10::Half* out) {
-  FloatVec squares = {};
-  for (int64_t i = 0; i < head_dim; i += kWidth) {
-    const FloatVec x = load(row + i) * factor;
-    squares += x * x;
-    store_half(out + i, x);
-  }
-  // Hardly any row has numbers that half precision does not reach.
-  if (sum_lanes(squares) < TQ_HALF_MAX * TQ_HALF_MAX) return;
-  for (int64_t i = 0; i < head_dim; i += kWidth) store_half(out + i, saturate(load(row + i) * factor));
+template <int kHeadDim, typename In, typename Out>
+void rotate_rows(const In* in, int64_t stride, int64_t rows, Out* out) {
+  const bool is_beyond = rotate_rows<kHeadDim, false>(in, stride, rows, out);
+  if (is_beyond && !std::is_same_v<Out, float>) rotate_rows<kHeadDim, true>(in, stride, rows, out);  // hardly ever
 }
 
 template <typename In, typename Out>
 void rotate_rows(const In* in, int64_t stride, int64_t rows, int64_t head_dim, Out* out) {
-  constexpr int64_t kAhead = 8;  // rows of one head are far apart: the processor does not see them coming
-  const int64_t part = part_size(head_dim);
-  const float factor = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  alignas(64) float row[TQ_MAX_HEAD_DIM];
-  for (int64_t r = 0; r < rows; ++r, in += stride, out += head_dim) {
-    if (r + kAhead < rows) {
-      const char* next = reinterpret_cast<const char*>(in + kAhead * stride);
-      for (size_t i = 0; i < head_dim * sizeof(In); i += 64) __builtin_prefetch(next + i);
-    }
-    for (int64_t i = 0; i < head_dim; i += kWidth) {
-      store(row + i, hadamard_of_lanes(apply_signs(load_number(in + i), i), part));
-    }
-    hadamard_after_lanes(row, head_dim, part);
-    put_row(row, head_dim, factor, out);
+  switch (head_dim) {
+#define CASE(dim) \
+  case dim:       \
+    return rotate_rows<dim>(in, stride, rows, out);
+    TQ_HEAD_DIMS(CASE)
+#undef CASE
   }
 }
 
@@ -84,7 +89,7 @@ int64_t sum_finite_rows(const c10::Half* rows, int64_t count, int64_t head_dim, 
   for (int64_t r = 0; r < count; ++r) {
     const c10::Half* row = rows + r * head_dim;
     if (!is_finite(row, head_dim)) continue;
-    for (int64_t i = 0; i < head_dim; i += kWidth) store(sums + i, load(sums + i) + load_half(row + i));
+    for (int64_t i = 0; i < head_dim; i += kWidth) store(sums + i, load(sums + i) + load_number(row + i));
     ++counted;
   }
   return counted;
@@ -99,9 +104,9 @@ int64_t sum_rows(const c10::Half* rows, int64_t count, int64_t head_dim, float* 
     for (int64_t r = 0; r < count; ++r) {
       const c10::Half* row = rows + r * head_dim + begin;
       if (columns == kColumns) {
-        for (int64_t i = 0; i < kColumns; ++i) total[i] += load_half(row + i * kWidth);
+        for (int64_t i = 0; i < kColumns; ++i) total[i] += load_number(row + i * kWidth);
       } else {
-        total[0] += load_half(row);
+        total[0] += load_number(row);
       }
     }
     for (int64_t i = 0; i < columns; ++i, begin += kWidth) {
@@ -119,14 +124,14 @@ void store_mean(const c10::Half* rows, int64_t count, int64_t head_dim, c10::Hal
   const float divisor = static_cast<float>(counted > 0 ? counted : 1);
   for (int64_t i = 0; i < head_dim; i += kWidth) {
     store_half(stored + i, saturate(load(mean + i) / divisor));
-    store(mean + i, load_half(stored + i));
+    store(mean + i, load_number(stored + i));
   }
 }
 
 // Codes
 
-// Odd polynomials, which at each threshold are within 0.25 of its index, as counted from the middle one. So the nearest
-// integer names the only threshold that a number has still to be compared with.
+// Odd polynomials, fitted by least squares: at each threshold they are within 0.25 of its index, as counted from the
+// middle one. So the nearest integer names the only threshold that a number has still to be compared with.
 template <int kBits>
 constexpr float kGuess[4] = {};
 template <>
@@ -178,7 +183,7 @@ static_assert(guesses_are_near<5>(kThresholds5) && guesses_are_near<5>(kExactThr
 static_assert(guesses_are_near<6>(kThresholds6) && guesses_are_near<6>(kExactThresholds6));
 static_assert(guesses_are_near<8>(kThresholds8) && guesses_are_near<8>(kExactThresholds8));
 
-// table[index % kEntries], where kEntries is a power of two from 16 on.
+// table[index % kEntries], where kEntries is a power of two, and at least a vector's width.
 template <int kEntries>
 TQ_INLINE FloatVec pick(const float* table, IntVec index) {
 #if defined(TQ_ISA_AVX512)
@@ -211,6 +216,22 @@ TQ_INLINE FloatVec pick(const float* table, IntVec index) {
 #endif
 }
 
+#if defined(TQ_ISA_AVX512)
+// table[index % 256] * 2^16: half as many look-ups as for float32.
+TQ_INLINE __m512i pick_integer(const int16_t* table, __m512i index) {
+  __m512i quarter[4];
+  for (int i = 0; i < 4; ++i) {
+    quarter[i] =
+        _mm512_permutex2var_epi16(_mm512_loadu_si512(table + 64 * i), index, _mm512_loadu_si512(table + 64 * i + 32));
+  }
+  const __mmask16 bit6 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));
+  const __mmask16 bit7 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(128));
+  const __m512i low = _mm512_mask_blend_epi32(bit6, quarter[0], quarter[1]);
+  const __m512i high = _mm512_mask_blend_epi32(bit6, quarter[2], quarter[3]);
+  return _mm512_slli_epi32(_mm512_mask_blend_epi32(bit7, low, high), 16);
+}
+#endif
+
 // A codebook as its encoder reads it.
 template <int kBits>
 class Quantiser {
@@ -223,6 +244,8 @@ class Quantiser {
       levels_[i] = codebook.levels[code];
     }
     largest_ = codebook.thresholds[kLast - 1];
+    integers_ = codebook.integers;
+    scale_ = codebook.scale / 65536;
   }
 
   // Codes, in the low byte of each lane: how many thresholds each number is beyond.
@@ -241,19 +264,33 @@ class Quantiser {
 #endif
   }
 
-  TQ_INLINE FloatVec level(IntVec code) const { return pick<kEntries>(levels_, code); }
+  TQ_INLINE FloatVec level(IntVec code) const {
+#if defined(TQ_ISA_AVX512)
+    if constexpr (kBits == 8) {
+      if (integers_ != nullptr) return (FloatVec)_mm512_cvtepi32_ps(pick_integer(integers_, (__m512i)code)) * scale_;
+    }
+#endif
+    return pick<kEntries>(levels_, code);
+  }
 
  private:
   static constexpr int kEntries = kBits <= 3 && kWidth == 8 ? 8 : kBits <= 4 ? 16 : 1 << kBits;
   alignas(64) float thresholds_[kEntries];
   alignas(64) float levels_[kEntries];
   float largest_;
+  const int16_t* integers_;
+  float scale_;  // of integers times 2^16
 };
 
 // The low byte of each lane.
 TQ_INLINE void store_bytes(uint8_t* p, IntVec v) {
 #if defined(TQ_ISA_AVX512)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(TQ_ISA_AVX2)
+  const __m256i low_bytes = _mm256_set1_epi32(0x0c080400);
+  const __m256i bytes = _mm256_shuffle_epi8((__m256i)v, low_bytes);
+  const __m128i all = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), all);
 #else
   typedef uint8_t ByteVec __attribute__((vector_size(kWidth)));
   const ByteVec bytes = __builtin_convertvector(v, ByteVec);
@@ -261,7 +298,7 @@ TQ_INLINE void store_bytes(uint8_t* p, IntVec v) {
 #endif
 }
 
-// Writes the codes of the normalised numbers x; returns the squares of their levels, summed lane by lane.
+// Writes the codes of x * scale; returns the squares of their levels, summed lane by lane.
 template <int kBits>
 TQ_INLINE FloatVec quantise(const Quantiser<kBits>& quantiser, const float* x, int64_t size, float scale,
                             uint8_t* codes) {
@@ -275,9 +312,10 @@ TQ_INLINE FloatVec quantise(const Quantiser<kBits>& quantiser, const float* x, i
   return squares;
 }
 
-// The multiplier of the scale with which the codes of x make the smallest angle with x; of equal ones the first.
+// The multiplier of the scale with which the codes of x * inverse make the smallest angle with it; of equal ones the
+// first.
 template <int kBits>
-float best_multiplier(const Quantiser<kBits>& quantiser, const float* x, int64_t size) {
+float best_multiplier(const Quantiser<kBits>& quantiser, const float* x, int64_t size, float inverse) {
   float best = 1.0f, least = INFINITY;
   for (const float multiplier : kScaleMultipliers) {
     // The squared length of x's part at right angles to its codes: that of what quantising at this scale left over,
@@ -285,7 +323,7 @@ float best_multiplier(const Quantiser<kBits>& quantiser, const float* x, int64_t
     const float scale = 1.0f / multiplier;
     FloatVec left = {}, along = {}, length = {};
     for (int64_t i = 0; i < size; i += kWidth) {
-      const FloatVec number = load(x + i), level = quantiser.level(quantiser.code(number * scale));
+      const FloatVec number = load(x + i) * inverse, level = quantiser.level(quantiser.code(number * scale));
       const FloatVec rest = number - level * multiplier;
       left += rest * rest;
       along += rest * level;
@@ -303,15 +341,29 @@ float best_multiplier(const Quantiser<kBits>& quantiser, const float* x, int64_t
 // A plane's fields, each in the low bits of a byte, side by side: a word of them shrinks to its low byte.
 template <typename Word, int kPlane>
 TQ_INLINE void pack_plane(const uint8_t* codes, int64_t count, int shift, uint8_t* plane) {
-  constexpr Word kFields = static_cast<Word>(~Word{0}) / 255 * ((1 << kPlane) - 1);
-  constexpr int64_t kCodes = sizeof(Word);
-  for (int64_t i = 0; i < count / kCodes; ++i) {
-    Word word;
-    __builtin_memcpy(&word, codes + i * kCodes, sizeof(word));
-    word = (word >> shift) & kFields;
-    for (int joined = 1; joined < kCodes; joined *= 2) word |= word >> joined * (8 - kPlane);
-    plane[i] = static_cast<uint8_t>(word);
+  typedef Word WordVec __attribute__((vector_size(16)));
+  typedef uint8_t ByteVec __attribute__((vector_size(16 / sizeof(Word))));
+  constexpr Word kFields = static_cast<Word>(static_cast<Word>(~Word{0}) / 255 * ((1 << kPlane) - 1));
+  for (int64_t i = 0; i < count; i += 16) {  // all head dims are multiples of 16
+    WordVec words;
+    __builtin_memcpy(&words, codes + i, sizeof(words));
+    words = (words >> shift) & kFields;
+    for (size_t joined = 1; joined < sizeof(Word); joined *= 2) words |= words >> joined * (8 - kPlane);
+    const ByteVec bytes = __builtin_convertvector(words, ByteVec);
+    __builtin_memcpy(plane + i * kPlane / 8, &bytes, sizeof(bytes));
   }
+}
+
+TQ_INLINE void pack_bits(const uint8_t* codes, int64_t count, int shift, uint8_t* plane) {
+#if defined(__x86_64__)
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
+    const uint16_t bits = static_cast<uint16_t>(_mm_movemask_epi8(_mm_slli_epi16(bytes, 7 - shift)));
+    __builtin_memcpy(plane + i / 8, &bits, sizeof(bits));
+  }
+#else
+  pack_plane<uint64_t, 1>(codes, count, shift, plane);
+#endif
 }
 
 void pack(const uint8_t* codes, int64_t head_dim, const StorageFormat& format, uint8_t* row, int64_t row_bytes) {
@@ -322,7 +374,7 @@ void pack(const uint8_t* codes, int64_t head_dim, const StorageFormat& format, u
     if (plane == 8) std::memcpy(row, codes, head_dim);
     if (plane == 4) pack_plane<uint16_t, 4>(codes, head_dim, shift, row);
     if (plane == 2) pack_plane<uint32_t, 2>(codes, head_dim, shift, row);
-    if (plane == 1) pack_plane<uint64_t, 1>(codes, head_dim, shift, row);
+    if (plane == 1) pack_bits(codes, head_dim, shift, row);
     row += head_dim * plane / 8;
     shift += plane;
   }
@@ -343,81 +395,98 @@ float root_mean_square(const float* x, int64_t count) {
   return peak * std::sqrt(sum / count);
 }
 
-// Divides x by its root mean square, and returns that; zeros where it is zero or NaN. `squares` is the sum of squares.
-TQ_INLINE float normalise(float* x, int64_t size, float squares) {
-  if (squares > 1e-20f && squares < 1e30f) {  // what float32 rounded to zero or infinity cannot matter
-    const float rms = std::sqrt(squares / size);
-    const float inverse = 1.0f / rms;
-    for (int64_t i = 0; i < size; i += kWidth) store(x + i, load(x + i) * inverse);
-    return rms;
-  }
+// Normalises a group that is out of float32's comfortable range, in place; returns its root mean square.
+float normalise(float* x, int64_t size) {
   const float rms = root_mean_square(x, size);
   for (int64_t i = 0; i < size; ++i) x[i] = rms > 0 ? x[i] / rms : 0.0f;
   return rms;
 }
 
-constexpr int64_t kBatchGroups = 16;  // coded at a time, so that their sums and roots overlap
+constexpr int64_t kBatchGroups = 16;  // coded at a time: a group alone would be a chain of instructions that wait
 
-// Codes `count` rows, of at most kBatchGroups groups together, and overwrites them.
+// Rows that are coded together, and the sums of their groups' squares, lane by lane.
+struct Batch {
+  alignas(64) float rows[kBatchGroups * TQ_NORM_GROUP];
+  FloatVec squares[kBatchGroups] = {};
+};
+
+// Roots of sums of squares over `size` numbers.
+TQ_INLINE void root_means(const FloatVec* squares, int64_t size, float* sums, float* roots) {
+  sum_lanes_of_16(squares, sums);
+  for (int64_t i = 0; i < kBatchGroups; i += kWidth) {
+    store(roots + i, square_root(load(sums + i) / static_cast<float>(size)));
+  }
+}
+
+// Codes `count` rows, of at most kBatchGroups groups together.
 template <int kBits>
-void encode_batch(const EncodeTask& task, const Quantiser<kBits>& quantiser, float* rows, int64_t count, int64_t slot) {
+void encode_batch(const EncodeTask& task, const Quantiser<kBits>& quantiser, Batch& batch, int64_t count,
+                  int64_t slot) {
   const HeadStore& to = task.store;
-  const int64_t groups = norm_groups(task.head_dim), size = task.head_dim / groups;
-  FloatVec sums[kBatchGroups] = {};
-  float squares[kBatchGroups], norms[kBatchGroups];
+  const int64_t head_dim = task.head_dim, groups = norm_groups(head_dim), size = head_dim / groups;
+  alignas(64) float sums[kBatchGroups], norms[kBatchGroups], lengths[kBatchGroups];
+  alignas(64) uint8_t codes[kBatchGroups * TQ_NORM_GROUP];
+  root_means(batch.squares, size, sums, norms);
   for (int64_t group = 0; group < count * groups; ++group) {
-    for (int64_t i = 0; i < size; i += kWidth) {
-      const FloatVec x = load(rows + group * size + i);
-      sums[group] += x * x;
+    float* x = batch.rows + group * size;
+    float inverse = 1.0f / norms[group];
+    if (!(sums[group] > 1e-20f && sums[group] < 1e30f)) {  // else, squares that became zero do not matter
+      norms[group] = normalise(x, size);
+      inverse = 1.0f;
     }
+    if (task.encode == Encode::kBest && norms[group] > 0) inverse /= best_multiplier(quantiser, x, size, inverse);
+    batch.squares[group] = quantise(quantiser, x, size, inverse, codes + group * size);
   }
-  sum_lanes_of_16(sums, squares);
-  alignas(64) uint8_t codes[TQ_MAX_HEAD_DIM];
+  root_means(batch.squares, size, sums, lengths);
+  for (int64_t group = 0; group < count * groups; ++group) {
+    const bool keeps_length = task.encode != Encode::kPlain && norms[group] > 0;
+    to.norms[slot * groups + group] = norms[group] / (keeps_length ? lengths[group] * to.norm_factor : to.norm_factor);
+  }
+  // Only now: reading codes that were just written, in pieces of another size, would wait for them.
   for (int64_t row = 0; row < count; ++row) {
-    for (int64_t part = 0; part < groups; ++part) {
-      const int64_t group = row * groups + part;
-      float* x = rows + group * size;
-      norms[group] = normalise(x, size, squares[group]);
-      float scale = 1.0f;
-      if (task.encode == Encode::kBest && norms[group] > 0) scale /= best_multiplier(quantiser, x, size);
-      sums[group] = quantise(quantiser, x, size, scale, codes + part * size);
-    }
-    pack(codes, task.head_dim, *to.format, to.codes + (slot + row) * to.row_bytes, to.row_bytes);
+    pack(codes + row * head_dim, head_dim, *to.format, to.codes + (slot + row) * to.row_bytes, to.row_bytes);
   }
-  sum_lanes_of_16(sums, squares);
-  for (int64_t group = 0; group < count * groups; ++group) {
-    float norm = norms[group];
-    if (task.encode != Encode::kPlain && norm > 0) norm /= std::sqrt(squares[group] / size);
-    to.norms[slot * groups + group] = norm / to.norm_factor;
+}
+
+// A group's numbers to be coded, from halves if these are given, around their mean if there is one; of a hidden token
+// zeros. Returns the sum of squares, lane by lane.
+TQ_INLINE FloatVec centre(const c10::Half* halves, const float* mean, bool is_hidden, int64_t size, float* x) {
+  FloatVec squares = {};
+  for (int64_t i = 0; i < size; i += kWidth) {
+    FloatVec number = halves != nullptr ? load_number(halves + i) : load(x + i);
+    if (mean != nullptr) number -= load(mean + i);
+    if (is_hidden) number = FloatVec{};
+    store(x + i, number);
+    squares += number * number;
   }
+  return squares;
 }
 
 // Codes positions begin..end, of which those before `first` are padding or sinks.
 template <int kBits>
 void encode_coded(const EncodeTask& task, int64_t begin, int64_t end, int64_t first, c10::Half* gathered) {
   const int64_t head_dim = task.head_dim, slot = begin % task.slots;
-  const int64_t batch = kBatchGroups / norm_groups(head_dim);
+  const int64_t groups = norm_groups(head_dim), size = head_dim / groups, rows = kBatchGroups / groups;
   const Quantiser<kBits> quantiser(*task.store.codebook);
-  alignas(64) float mean[TQ_MAX_HEAD_DIM] = {};
-  alignas(64) float rows[kBatchGroups * TQ_NORM_GROUP];
+  alignas(64) float mean[TQ_MAX_HEAD_DIM];
+  Batch batch;
+  const bool has_mean = task.store.means != nullptr;
   if (task.block_size > 0) gather(task, begin, end, first, gathered);
-  if (task.store.means != nullptr) {
+  if (has_mean) {
     store_mean(gathered + (first - begin) * head_dim, end - first, head_dim,
                task.store.means + slot / task.block_size * head_dim, mean);
   }
-  for (int64_t position = begin; position < end; position += batch) {
-    const int64_t count = end - position < batch ? end - position : batch;
-    if (task.block_size == 0) rotate_new(task, position, count, rows);
-    for (int64_t r = 0; r < count; ++r) {
-      float* row = rows + r * head_dim;
-      const c10::Half* half = gathered + (position - begin + r) * head_dim;
-      if (position + r < first) {
-        std::memset(row, 0, head_dim * sizeof(float));
-      } else if (task.block_size > 0) {
-        for (int64_t i = 0; i < head_dim; i += kWidth) store(row + i, load_half(half + i) - load(mean + i));
-      }
+  for (int64_t position = begin; position < end; position += rows) {
+    const int64_t count = end - position < rows ? end - position : rows;
+    if (task.block_size == 0) rotate_new(task, position, count, batch.rows);
+    for (int64_t group = 0; group < count * groups; ++group) {
+      const int64_t i = (position - begin) * head_dim + group * size;
+      const c10::Half* halves = task.block_size > 0 ? gathered + i : nullptr;
+      const bool is_hidden = position + group / groups < first;
+      batch.squares[group] =
+          centre(halves, has_mean ? mean + group % groups * size : nullptr, is_hidden, size, batch.rows + group * size);
     }
-    encode_batch(task, quantiser, rows, count, slot + position - begin);
+    encode_batch(task, quantiser, batch, count, slot + position - begin);
   }
 }
 

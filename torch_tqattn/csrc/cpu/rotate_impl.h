@@ -3,7 +3,20 @@
 
 TQ_INLINE FloatVec load_number(const float* p) { return load(p); }
 
-TQ_INLINE FloatVec load_number(const c10::Half* p) { return load_half(p); }
+TQ_INLINE FloatVec load_number(const c10::Half* p) {
+#if defined(TQ_ISA_AVX512) || defined(TQ_ISA_AVX2) || defined(__aarch64__)
+  return load_half(p);
+#else
+  typedef uint16_t ShortVec __attribute__((vector_size(kWidth * 2)));
+  ShortVec half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  const IntVec bits = __builtin_convertvector(half, IntVec);
+  const IntVec magnitude = (bits & 0x7fff) << 13, shifted = magnitude + (112 << 23);
+  const IntVec subnormal = (IntVec)((FloatVec)(magnitude + (113 << 23)) - 0x1p-14f);
+  const IntVec finite = magnitude < (1 << 23) ? subnormal : shifted;
+  return (FloatVec)((magnitude < (31 << 23) ? finite : shifted + (112 << 23)) | (bits & 0x8000) << 16);
+#endif
+}
 
 TQ_INLINE FloatVec load_number(const c10::BFloat16* p) {
   typedef uint16_t ShortVec __attribute__((vector_size(kWidth * 2)));
@@ -34,12 +47,31 @@ TQ_INLINE void store_half(c10::Half* p, FloatVec v) {
 #endif
 }
 
+TQ_INLINE void put(c10::Half* p, FloatVec v) { store_half(p, v); }
+
+TQ_INLINE void put(float* p, FloatVec v) { store(p, v); }
+
 // saturate_to_half
 TQ_INLINE FloatVec saturate(FloatVec v) {
   const FloatVec magnitude = (FloatVec)((IntVec)v & 0x7fffffff);
   const FloatVec largest = (FloatVec)((IntVec)broadcast(TQ_HALF_MAX) | ((IntVec)v & INT32_MIN));
   const FloatVec finite = magnitude > TQ_HALF_MAX ? largest : v;
   return magnitude == INFINITY ? v : finite;
+}
+
+TQ_INLINE FloatVec square_root(FloatVec v) {
+#if defined(TQ_ISA_AVX512)
+  return (FloatVec)_mm512_sqrt_ps((__m512)v);
+#elif defined(TQ_ISA_AVX2)
+  return (FloatVec)_mm256_sqrt_ps((__m256)v);
+#elif defined(__x86_64__)
+  return (FloatVec)_mm_sqrt_ps((__m128)v);
+#elif defined(__aarch64__)
+  return (FloatVec)vsqrtq_f32((float32x4_t)v);
+#else
+  for (int i = 0; i < kWidth; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
 }
 
 // What the transform negates: the sign bit of each coordinate.
@@ -90,11 +122,12 @@ TQ_INLINE FloatVec butterfly_of_lanes(FloatVec v) {
   return v;
 }
 
-// The stages among the lanes of a vector, for transforms of `count` numbers.
-TQ_INLINE FloatVec hadamard_of_lanes(FloatVec v, int64_t count) {
+// The stages among the lanes of a vector, for transforms of kCount numbers.
+template <int kCount>
+TQ_INLINE FloatVec hadamard_of_lanes(FloatVec v) {
   v = butterfly_of_lanes<1>(butterfly_of_lanes<0>(v));
-  if (count > 4) v = butterfly_of_lanes<2>(v);
-  if (count > 8) v = butterfly_of_lanes<3>(v);
+  if constexpr (kCount > 4) v = butterfly_of_lanes<2>(v);
+  if constexpr (kCount > 8) v = butterfly_of_lanes<3>(v);
   return v;
 }
 
@@ -118,12 +151,13 @@ TQ_INLINE void butterflies(float* x, int64_t count, int64_t stride) {
   }
 }
 
-// The stages among a power-of-two number of vectors.
-TQ_INLINE void hadamard_of_vectors(float* x, int64_t count) {
-  int64_t stride = 1;
-  for (; stride * 8 <= count; stride *= 8) butterflies<8>(x, count, stride);
-  if (stride * 4 == count) butterflies<4>(x, count, stride);
-  if (stride * 2 == count) butterflies<2>(x, count, stride);
+// The stages among the vectors of a power-of-two transform.
+template <int kVectors>
+TQ_INLINE void hadamard_of_vectors(float* x) {
+  constexpr int kEighths = kVectors >= 64 ? 64 : kVectors >= 8 ? 8 : 1;  // left apart by stages of eight
+  if constexpr (kVectors >= 8) butterflies<8>(x, kVectors, 1);
+  if constexpr (kVectors >= 64) butterflies<8>(x, kVectors, 8);
+  if constexpr (kVectors > kEighths) butterflies<kVectors / kEighths>(x, kVectors, kEighths);
 }
 
 // Signs of the symmetric Hadamard matrix of order 12 or 20: a border of ones around Legendre symbols of i + j.
@@ -152,43 +186,61 @@ template <int kOrder, int kPart>
 void hadamard_of_parts(float* row) {
   static constexpr OddHadamard<kOrder> matrix;
   typedef float PartVec __attribute__((vector_size(kPart * 4)));
+  constexpr int kTogether = 4;  // sums that do not wait for each other; divides both orders
   PartVec part[kOrder];
   __builtin_memcpy(part, row, sizeof(part));
-  for (int to = 0; to < kOrder; ++to) {
-    PartVec total = matrix.entry[to][0] * part[0];
-    for (int from = 1; from < kOrder; ++from) total += matrix.entry[to][from] * part[from];
-    __builtin_memcpy(row + to * kPart, &total, sizeof(total));
-  }
-}
-
-// H times the row, not normalised. The stages among a vector's lanes are done already.
-TQ_INLINE void hadamard_after_lanes(float* row, int64_t head_dim, int64_t part) {
-  if (part > kWidth) {
-    for (int64_t begin = 0; begin < head_dim; begin += part) hadamard_of_vectors(row + begin, part / kWidth);
-  }
-  if (head_dim == 80) hadamard_of_parts<20, 4>(row);
-  if (head_dim == 96) hadamard_of_parts<12, 8>(row);
-  if (head_dim == 192) hadamard_of_parts<12, 16>(row);
-}
-
-// The numbers of a part of the row that the power-of-two transform mixes.
-int64_t part_size(int64_t head_dim) {
-  return head_dim == 80 ? head_dim / 20 : head_dim % 3 == 0 ? head_dim / 12 : head_dim;
-}
-
-void rotate(const float* in, float* out, int64_t rows, int64_t head_dim, bool inverse, float scale) {
-  const int64_t part = part_size(head_dim);
-  const float factor = scale / std::sqrt(static_cast<float>(head_dim));
-  alignas(64) float row[TQ_MAX_HEAD_DIM];
-  for (int64_t r = 0; r < rows; ++r, in += head_dim, out += head_dim) {
-    for (int64_t i = 0; i < head_dim; i += kWidth) {
-      const FloatVec x = load(in + i);
-      store(row + i, hadamard_of_lanes(inverse ? x : apply_signs(x, i), part));
+  for (int to = 0; to < kOrder; to += kTogether) {
+    PartVec total[kTogether] = {};
+    for (int from = 0; from < kOrder; ++from) {
+      for (int i = 0; i < kTogether; ++i) total[i] += matrix.entry[to + i][from] * part[from];
     }
-    hadamard_after_lanes(row, head_dim, part);
-    for (int64_t i = 0; i < head_dim; i += kWidth) {
+    __builtin_memcpy(row + to * kPart, total, sizeof(total));
+  }
+}
+
+// The parts of a row that the transform of an odd order mixes.
+constexpr int hadamard_parts(int head_dim) { return head_dim == 80 ? 20 : head_dim % 3 == 0 ? 12 : 1; }
+
+// H times the row, not normalised; the stages among a vector's lanes are done already.
+template <int kHeadDim>
+TQ_INLINE void hadamard_after_lanes(float* row) {
+  constexpr int kParts = hadamard_parts(kHeadDim), kPart = kHeadDim / kParts;
+  if constexpr (kPart > kWidth) {
+    for (int part = 0; part < kParts; ++part) hadamard_of_vectors<kPart / kWidth>(row + part * kPart);
+  }
+  if constexpr (kParts > 1) hadamard_of_parts<kParts, kPart>(row);
+}
+
+// H times the signed row, not normalised, of numbers of any type.
+template <int kHeadDim, typename In>
+TQ_INLINE void signed_hadamard(const In* in, bool has_signs, float* row) {
+  constexpr int kPart = kHeadDim / hadamard_parts(kHeadDim);
+  for (int i = 0; i < kHeadDim; i += kWidth) {
+    const FloatVec x = load_number(in + i);
+    store(row + i, hadamard_of_lanes<kPart>(has_signs ? apply_signs(x, i) : x));
+  }
+  hadamard_after_lanes<kHeadDim>(row);
+}
+
+template <int kHeadDim>
+void rotate(const float* in, float* out, int64_t rows, bool inverse, float scale) {
+  const float factor = scale / std::sqrt(static_cast<float>(kHeadDim));
+  alignas(64) float row[kHeadDim];
+  for (int64_t r = 0; r < rows; ++r, in += kHeadDim, out += kHeadDim) {
+    signed_hadamard<kHeadDim>(in, !inverse, row);
+    for (int i = 0; i < kHeadDim; i += kWidth) {
       const FloatVec x = load(row + i) * factor;
       store(out + i, inverse ? apply_signs(x, i) : x);
     }
+  }
+}
+
+void rotate(const float* in, float* out, int64_t rows, int64_t head_dim, bool inverse, float scale) {
+  switch (head_dim) {
+#define CASE(dim) \
+  case dim:       \
+    return rotate<dim>(in, out, rows, inverse, scale);
+    TQ_HEAD_DIMS(CASE)
+#undef CASE
   }
 }
