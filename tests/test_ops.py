@@ -465,16 +465,16 @@ def test_inputs_of_any_type_are_what_they_are_in_float32(head_dim: int, dtype: t
 def test_threads_share_blocks(block_size: int) -> None:
     """Also where blocks are read from the tail that the same call writes."""
     tail_slots = 40 if block_size else 0
-    sizes: dict[str, int] = {"batch": 1, "heads": 1, "slots": 320, "block_size": block_size, "tail_slots": tail_slots}
-    k, v = torch.randn(2, 1, 1, 400, 64)
+    sizes: dict[str, int] = {"batch": 1, "heads": 1, "slots": 1280, "block_size": block_size, "tail_slots": tail_slots}
+    k, v = torch.randn(2, 1, 1, 1600, 512)
     results = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            stores = empty_stores("tq4", "tq8", 64, **sizes)
+            stores = empty_stores("tq4", "tq8", 512, **sizes)
             position = coded = 0
-            for end in (39, 300, 301, 400):  # the last part overwrites the first one's slots
+            for end in (39, 1200, 1201, 1600):  # the last part overwrites the first one's slots
                 coded_end = max(coded, (end - 24) // block_size * block_size) if block_size else end
                 tokens = slice(position, end)
                 tqattn.encode_kv_(k[:, :, tokens], v[:, :, tokens], *stores, position, coded, coded_end, block_size)

@@ -88,6 +88,8 @@ struct EncodeParts {
   }
 };
 
+constexpr int64_t kNumbersPerThread = 1 << 18;  // about 0.1 ms: waking a thread up for less does not pay
+
 EncodeTask encode_task(const EncodeCall& call, const EncodeCall::Input& input, const Tensor& x, int64_t head) {
   const int64_t kv_heads = x.size(1);
   EncodeTask task{};
@@ -190,8 +192,9 @@ class CpuBackend final : public Backend {
       rows.push_back(input.x.stride(3) == 1 ? input.x : input.x.contiguous());
     }
     const int64_t tasks = sides * parts.count * heads;
-    const int64_t work = sides * heads * std::max<int64_t>(parts.end - parts.begin, first.size(2));  // rows
-    const int64_t grain = std::max<int64_t>(1, 64 * tasks / std::max<int64_t>(work, 1));
+    const int64_t tokens = std::max(parts.end - parts.begin, first.size(2));
+    const int64_t task_numbers = std::max<int64_t>(1, sides * heads * tokens * head_dim / tasks);
+    const int64_t grain = std::max<int64_t>(1, kNumbersPerThread / task_numbers);
     parallel_for(tasks, grain, [&](int64_t begin, int64_t end) {
       const bool has_blocks = call.block_size > 0 && parts.begin < parts.end;
       const std::unique_ptr<at::Half[]> gathered(has_blocks ? new at::Half[call.block_size * head_dim] : nullptr);

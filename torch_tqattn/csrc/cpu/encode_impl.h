@@ -7,14 +7,16 @@
 // infinite, unless kSaturate says what finite numbers become.
 template <int kHeadDim, bool kSaturate, typename In, typename Out>
 bool rotate_rows(const In* in, int64_t stride, int64_t rows, Out* out) {
-  constexpr int64_t kAhead = 8;  // rows of one head are far apart: the processor does not see them coming
+  // Rows of one head are often a page apart. The processor does not see them coming, and they share so few of the first
+  // cache's sets that they would push each other out of it.
+  constexpr int64_t kAhead = 16, kIntoSecondCache = 2;
   const float factor = 1.0f / std::sqrt(static_cast<float>(kHeadDim));
   alignas(64) float row[kHeadDim];
   FloatVec squares = {};
   for (int64_t r = 0; r < rows; ++r, in += stride, out += kHeadDim) {
     if (r + kAhead < rows) {
       const char* next = reinterpret_cast<const char*>(in + kAhead * stride);
-      for (size_t i = 0; i < kHeadDim * sizeof(In); i += 64) __builtin_prefetch(next + i);
+      for (size_t i = 0; i < kHeadDim * sizeof(In); i += 64) __builtin_prefetch(next + i, 0, kIntoSecondCache);
     }
     signed_hadamard<kHeadDim>(in, true, row);
     for (int i = 0; i < kHeadDim; i += kWidth) {
