@@ -450,6 +450,42 @@ def test_strided_and_offset_inputs(device: str) -> None:
     assert torch.equal(a[0], b[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", fmt.HEAD_DIMS)
+def test_inputs_of_any_type_are_what_they_are_in_float32(head_dim: int, dtype: torch.dtype, device: str) -> None:
+    stores = empty_stores("tq4", "f16", head_dim, slots=16, block_size=8, tail_slots=8, device=device)
+    other = clone(stores)
+    k, v = torch.randn(2, 2, 21, 2, head_dim, device=device).to(dtype).transpose(2, 3)
+    k[0, 0, 3], k[1, 0, 4] = 60000, k[1, 0, 4] * 1e-7  # rotated, the first is beyond half precision
+    tqattn.encode_kv_(k, v, *stores, 0, 0, 16, 8)
+    tqattn.encode_kv_(k.float().contiguous(), v.float().contiguous(), *other, 0, 0, 16, 8)
+    assert all(torch.equal(a, b) for a, b in zip(stores, other, strict=True) if isinstance(a, Tensor))
+
+
+@pytest.mark.parametrize("block_size", [0, 16])
+def test_threads_share_blocks(block_size: int) -> None:
+    """Also where blocks are read from the tail that the same call writes."""
+    tail_slots = 40 if block_size else 0
+    sizes: dict[str, int] = {"batch": 1, "heads": 1, "slots": 1280, "block_size": block_size, "tail_slots": tail_slots}
+    k, v = torch.randn(2, 1, 1, 1600, 512)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            stores = empty_stores("tq4", "tq8", 512, **sizes)
+            position = coded = 0
+            for end in (39, 1200, 1201, 1600):  # the last part overwrites the first one's slots
+                coded_end = max(coded, (end - 24) // block_size * block_size) if block_size else end
+                tokens = slice(position, end)
+                tqattn.encode_kv_(k[:, :, tokens], v[:, :, tokens], *stores, position, coded, coded_end, block_size)
+                position, coded = end, coded_end
+            results.append(stores)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True) if isinstance(a, Tensor))
+
+
 def test_decode_step_is_encode_and_attend(device: str) -> None:
     stores, coded = filled("tq4", "tq4", 128, 31, device, block_size=16)
     other = clone(stores)

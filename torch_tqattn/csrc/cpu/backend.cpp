@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "../launch_policy.h"
 #include "kernels.h"
@@ -65,69 +67,61 @@ HeadStore head_store(const Side& side, int64_t head, const OptionalTensor& start
   return store;
 }
 
-// Codes one block of `size` rotated rows, of which those from `first_valid` on count; the others are padding or sinks.
-void encode_block(const Kernels& run, float* rows, int64_t size, int64_t head_dim, int64_t first_valid,
-                  const HeadStore& store, int64_t slot, Encode encode) {
-  if (store.means != nullptr) {
-    // Tokens with a NaN or an infinity would spoil the mean for all others.
-    std::vector<float> mean(head_dim, 0.0f);
-    int64_t counted = 0;
-    for (int64_t r = first_valid; r < size; ++r) {
-      const float* row = rows + r * head_dim;
-      if (!std::all_of(row, row + head_dim, [](float x) { return std::isfinite(x); })) continue;
-      for (int64_t i = 0; i < head_dim; ++i) mean[i] += row[i];
-      ++counted;
-    }
-    at::Half* stored = store.means + slot / size * head_dim;
-    for (int64_t i = 0; i < head_dim; ++i) {
-      stored[i] = at::Half(saturate_to_half(mean[i] / static_cast<float>(std::max<int64_t>(counted, 1))));
-      mean[i] = static_cast<float>(stored[i]);
-    }
-    for (int64_t r = first_valid; r < size; ++r) {
-      for (int64_t i = 0; i < head_dim; ++i) rows[r * head_dim + i] -= mean[i];
-    }
-  }
-  std::fill(rows, rows + first_valid * head_dim, 0.0f);
-  for (int64_t r = 0; r < size; ++r) run.encode_row(rows + r * head_dim, head_dim, store, slot + r, encode);
+InputType input_type(at::ScalarType type) {
+  return type == at::kHalf ? InputType::kHalf : type == at::kBFloat16 ? InputType::kBFloat16 : InputType::kFloat;
 }
 
-// Stores the tokens x [tokens, head_dim] of one head.
-void encode_head(const Kernels& run, const EncodeCall& call, const Side& side, const float* x, int64_t head,
-                 int64_t tokens, int64_t head_dim) {
-  const HeadStore store = head_store(side, head, call.starts);
-  const int64_t slots = side.codes.size(2);
-  const int64_t tail_slots = side.tail.has_value() ? side.tail->size(2) - call.sink_length : 0;
-  const int64_t end = call.position + tokens;
-  const int64_t sinks_end = store.first + call.sink_length;
-  const int64_t size = std::max<int64_t>(call.block_size, 1);
-  std::vector<float> rows(size * head_dim);
-  // The rotated row of any position that is at hand: in dense form rounded as the tail holds it.
-  const auto fetch = [&](int64_t position, float* row) {
-    if (position < call.position) {
-      const at::Half* waiting = store.tail + (call.sink_length + position % tail_slots) * head_dim;
-      for (int64_t i = 0; i < head_dim; ++i) row[i] = static_cast<float>(waiting[i]);
-      return;
-    }
-    run.rotate(x + (position - call.position) * head_dim, row, 1, head_dim, false, 1.0f);
-    if (call.block_size == 0) return;
-    for (int64_t i = 0; i < head_dim; ++i) row[i] = static_cast<float>(at::Half(saturate_to_half(row[i])));
-  };
-  // Blocks that this very call would overwrite are not coded at all.
-  for (int64_t begin = std::max(call.coded, call.coded_end - slots); begin < call.coded_end; begin += size) {
-    for (int64_t r = 0; r < size; ++r) fetch(begin + r, rows.data() + r * head_dim);
-    const int64_t first_valid = std::clamp<int64_t>(sinks_end - begin, 0, size);
-    encode_block(run, rows.data(), size, head_dim, first_valid, store, begin % slots, call.encode);
+// How the positions that a call codes are split: first come those for which the tail is read, all in one part, since
+// that part also writes the tail; then one part for each `unit` positions.
+struct EncodeParts {
+  int64_t begin;  // blocks that this very call would overwrite are not coded at all
+  int64_t from_tail_end;
+  int64_t end;
+  int64_t unit;
+  int64_t count;
+
+  EncodeParts(const EncodeCall& call, int64_t slots) {
+    begin = std::max(call.coded, call.coded_end - slots);
+    end = call.coded_end;
+    unit = call.block_size > 0 ? call.block_size : 128;
+    const int64_t waiting = std::max<int64_t>(call.position - begin, 0);
+    from_tail_end = std::min(end, begin + (waiting + unit - 1) / unit * unit);
+    count = 1 + (end - from_tail_end + unit - 1) / unit;
   }
-  for (int64_t position = std::max(store.first, call.position); position < std::min(sinks_end, end); ++position) {
-    fetch(position, rows.data());
-    at::Half* sink = store.tail + (position - store.first) * head_dim;
-    for (int64_t i = 0; i < head_dim; ++i) sink[i] = at::Half(saturate_to_half(rows[i]));
+};
+
+constexpr int64_t kNumbersPerThread = 1 << 18;  // about 0.1 ms: waking a thread up for less does not pay
+
+EncodeTask encode_task(const EncodeCall& call, const EncodeCall::Input& input, const Tensor& x, int64_t head) {
+  const int64_t kv_heads = x.size(1);
+  EncodeTask task{};
+  task.store = head_store(input.side, head, call.starts);
+  task.x = static_cast<const char*>(x.const_data_ptr()) +
+           (head / kv_heads * x.stride(0) + head % kv_heads * x.stride(1)) * x.element_size();
+  task.type = input_type(x.scalar_type());
+  task.stride = x.stride(2);
+  task.position = call.position;
+  task.end = call.position + x.size(2);
+  task.head_dim = x.size(3);
+  task.slots = input.side.codes.size(2);
+  task.tail_slots = input.side.tail.has_value() ? input.side.tail->size(2) - call.sink_length : 0;
+  task.sink_length = call.sink_length;
+  task.block_size = call.block_size;
+  task.encode = call.encode;
+  return task;
+}
+
+void encode_part(const Kernels& run, const EncodeCall& call, const EncodeTask& task, const EncodeParts& parts,
+                 int64_t part, at::Half* gathered) {
+  int64_t begin = part == 0 ? parts.begin : parts.from_tail_end + (part - 1) * parts.unit;
+  const int64_t part_end = part == 0 ? parts.from_tail_end : std::min(begin + parts.unit, parts.end);
+  while (begin < part_end) {
+    const int64_t wrap = (begin / task.slots + 1) * task.slots;
+    const int64_t end = std::min({begin + parts.unit, part_end, wrap});
+    run.encode(task, begin, end, gathered);
+    begin = end;
   }
-  for (int64_t position = std::max(call.coded_end, call.position); position < end; ++position) {
-    fetch(position, rows.data());
-    at::Half* waiting = store.tail + (call.sink_length + position % tail_slots) * head_dim;
-    for (int64_t i = 0; i < head_dim; ++i) waiting[i] = at::Half(position < sinks_end ? 0.0f : rows[i]);
-  }
+  if (part == 0) run.store_dense(task, std::max(call.coded_end, call.position), task.end);
 }
 
 // What one query row may see.
@@ -191,16 +185,26 @@ class CpuBackend final : public Backend {
 
   void encode(const EncodeCall& call) const override {
     const Kernels& run = kernels();
-    const int64_t heads = call.inputs[0].x.size(0) * call.inputs[0].x.size(1);
-    const int64_t tokens = call.inputs[0].x.size(2), head_dim = call.inputs[0].x.size(3);
-    std::vector<Tensor> inputs;
-    for (const EncodeCall::Input& input : call.inputs) inputs.push_back(input.x.to(at::kFloat).contiguous());
-    const int64_t grain = std::max<int64_t>(1, 64 / std::max<int64_t>(tokens, 1));
-    parallel_for(heads * static_cast<int64_t>(inputs.size()), grain, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t which = task / heads, head = task % heads;
-        const float* x = inputs[which].const_data_ptr<float>() + head * tokens * head_dim;
-        encode_head(run, call, call.inputs[which].side, x, head, tokens, head_dim);
+    const int64_t sides = static_cast<int64_t>(call.inputs.size());
+    const Tensor& first = call.inputs[0].x;
+    const int64_t heads = first.size(0) * first.size(1), head_dim = first.size(3);
+    const EncodeParts parts(call, call.inputs[0].side.codes.size(2));
+    std::vector<Tensor> rows;
+    for (const EncodeCall::Input& input : call.inputs) {
+      rows.push_back(input.x.stride(3) == 1 ? input.x : input.x.contiguous());
+    }
+    const int64_t tasks = sides * parts.count * heads;
+    const int64_t tokens = std::max(parts.end - parts.begin, first.size(2));
+    const int64_t task_numbers = std::max<int64_t>(1, sides * heads * tokens * head_dim / tasks);
+    const int64_t grain = std::max<int64_t>(1, kNumbersPerThread / task_numbers);
+    parallel_for(tasks, grain, [&](int64_t begin, int64_t end) {
+      const bool has_blocks = call.block_size > 0 && parts.begin < parts.end;
+      const std::unique_ptr<at::Half[]> gathered(has_blocks ? new at::Half[call.block_size * head_dim] : nullptr);
+      for (int64_t index = begin; index < end; ++index) {
+        // Heads come last: their rows of one token usually lie side by side.
+        const int64_t which = index / (parts.count * heads), part = index / heads % parts.count, head = index % heads;
+        const EncodeTask task = encode_task(call, call.inputs[which], rows[which], head);
+        encode_part(run, call, task, parts, part, gathered.get());
       }
     });
   }

@@ -33,6 +33,24 @@ struct HeadStore {
   float norm_factor;  // what a stored norm is multiplied with
 };
 
+enum class InputType { kFloat, kHalf, kBFloat16 };
+
+// New tokens of one KV head of one side.
+struct EncodeTask {
+  HeadStore store;
+  const void* x;  // the row of `position`; each row's numbers lie together
+  InputType type;
+  int64_t stride;    // numbers from one row to the next
+  int64_t position;  // of the first new token; those before are in the tail
+  int64_t end;       // one past the last new token
+  int64_t head_dim;
+  int64_t slots;
+  int64_t tail_slots;
+  int64_t sink_length;
+  int64_t block_size;
+  Encode encode;
+};
+
 // Queries that share a KV head, over one part of its positions.
 struct AttendTask {
   const TqAttendParams* params;
@@ -57,8 +75,11 @@ struct Kernels {
   const char* name;
   // [rows, head_dim] to [rows, head_dim], times `scale`; in and out may be the same.
   void (*rotate)(const float* in, float* out, int64_t rows, int64_t head_dim, bool inverse, float scale);
-  // Rotated rows of one token each to codes and norms; norms are what codes are multiplied with, over norm_factor.
-  void (*encode_row)(const float* row, int64_t head_dim, const HeadStore& store, int64_t slot, Encode encode);
+  // Codes positions begin..end: one block or, without blocks, any that do not wrap around the store. `gathered` has
+  // room for a block's rows.
+  void (*encode)(const EncodeTask& task, int64_t begin, int64_t end, c10::Half* gathered);
+  // Keeps the new sink tokens, and positions begin..end in the tail's ring.
+  void (*store_dense)(const EncodeTask& task, int64_t begin, int64_t end);
   // Positions begin..end, rotated, to out [end - begin, head_dim].
   void (*decode)(const HeadStore& store, const TqAttendParams& params, int64_t begin, int64_t end, float* out);
   void (*attend)(const AttendTask& task);

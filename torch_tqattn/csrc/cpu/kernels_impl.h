@@ -12,6 +12,6 @@ namespace {
 #include "attend_impl.h"
 // clang-format on
 
-constexpr Kernels kTable = {TQ_ISA_NAME, rotate, encode_row, decode, attend};
+constexpr Kernels kTable = {TQ_ISA_NAME, rotate, encode, store_dense, decode, attend};
 
 }  // namespace

@@ -2,6 +2,7 @@
 // could otherwise be the copy that the linker keeps for everybody.
 #pragma once
 
+#include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <cmath>

@@ -1,31 +1,173 @@
 // The signed Hadamard transform.
 // Part of kernels_impl.h: compiled once for each instruction set.
 
-// Hadamard transform of a power-of-two number of elements, not normalised. Every stage has the same access pattern
-// (neighbours in, halves out), which vectorises at all strides; after log2(count) stages the order is natural again.
-// Returns the buffer that holds the result.
-float* hadamard_power_of_two(float* from, float* to, int64_t count) {
-  for (int64_t stage = 1; stage < count; stage *= 2) {
-    const int64_t half = count / 2;
-    for (int64_t i = 0; i < half; ++i) {
-      const float a = from[2 * i], b = from[2 * i + 1];
-      to[i] = a + b;
-      to[i + half] = a - b;
-    }
-    float* swap = from;
-    from = to;
-    to = swap;
+TQ_INLINE FloatVec load_number(const float* p) { return load(p); }
+
+TQ_INLINE FloatVec load_number(const c10::Half* p) {
+#if defined(TQ_ISA_AVX512) || defined(TQ_ISA_AVX2) || defined(__aarch64__)
+  return load_half(p);
+#else
+  typedef uint16_t ShortVec __attribute__((vector_size(kWidth * 2)));
+  ShortVec half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  const IntVec bits = __builtin_convertvector(half, IntVec);
+  const IntVec magnitude = (bits & 0x7fff) << 13, shifted = magnitude + (112 << 23);
+  const IntVec subnormal = (IntVec)((FloatVec)(magnitude + (113 << 23)) - 0x1p-14f);
+  const IntVec finite = magnitude < (1 << 23) ? subnormal : shifted;
+  return (FloatVec)((magnitude < (31 << 23) ? finite : shifted + (112 << 23)) | (bits & 0x8000) << 16);
+#endif
+}
+
+TQ_INLINE FloatVec load_number(const c10::BFloat16* p) {
+  typedef uint16_t ShortVec __attribute__((vector_size(kWidth * 2)));
+  typedef uint32_t WordVec __attribute__((vector_size(kWidth * 4)));
+  ShortVec high;
+  __builtin_memcpy(&high, p, sizeof(high));
+  return (FloatVec)(__builtin_convertvector(high, WordVec) << 16);
+}
+
+// kWidth numbers rounded to half precision, those beyond its range to infinity.
+TQ_INLINE void store_half(c10::Half* p, FloatVec v) {
+#if defined(TQ_ISA_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(TQ_ISA_AVX2)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_f16(reinterpret_cast<__fp16*>(p), vcvt_f16_f32((float32x4_t)v));
+#else
+  typedef int16_t ShortVec __attribute__((vector_size(kWidth * 2)));
+  const IntVec bits = (IntVec)v, magnitude = bits & 0x7fffffff;
+  const IntVec normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const IntVec subnormal = (IntVec)((FloatVec)magnitude + 0.5f) - 0x3f000000;  // adding rounds to multiples of 2^-24
+  const IntVec special = magnitude > 0x7f800000 ? IntVec{} + 0x7e00 : IntVec{} + 0x7c00;
+  const IntVec finite = magnitude < (113 << 23) ? subnormal : normal;
+  const IntVec half = (magnitude < 0x47800000 ? finite : special) | ((bits >> 16) & 0x8000);
+  const ShortVec narrow = __builtin_convertvector(half, ShortVec);
+  __builtin_memcpy(p, &narrow, sizeof(narrow));
+#endif
+}
+
+TQ_INLINE void put(c10::Half* p, FloatVec v) { store_half(p, v); }
+
+TQ_INLINE void put(float* p, FloatVec v) { store(p, v); }
+
+// saturate_to_half
+TQ_INLINE FloatVec saturate(FloatVec v) {
+  const FloatVec magnitude = (FloatVec)((IntVec)v & 0x7fffffff);
+  const FloatVec largest = (FloatVec)((IntVec)broadcast(TQ_HALF_MAX) | ((IntVec)v & INT32_MIN));
+  const FloatVec finite = magnitude > TQ_HALF_MAX ? largest : v;
+  return magnitude == INFINITY ? v : finite;
+}
+
+TQ_INLINE FloatVec square_root(FloatVec v) {
+#if defined(TQ_ISA_AVX512)
+  return (FloatVec)_mm512_sqrt_ps((__m512)v);
+#elif defined(TQ_ISA_AVX2)
+  return (FloatVec)_mm256_sqrt_ps((__m256)v);
+#elif defined(__x86_64__)
+  return (FloatVec)_mm_sqrt_ps((__m128)v);
+#elif defined(__aarch64__)
+  return (FloatVec)vsqrtq_f32((float32x4_t)v);
+#else
+  for (int i = 0; i < kWidth; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+// What the transform negates: the sign bit of each coordinate.
+struct SignBits {
+  alignas(64) uint32_t bits[TQ_MAX_HEAD_DIM]{};
+  constexpr SignBits() {
+    for (int i = 0; i < TQ_MAX_HEAD_DIM; ++i) bits[i] = (kSignWords[i / 32] >> (i % 32) & 1) << 31;
   }
-  return from;
+};
+
+constexpr SignBits kSigns;
+
+TQ_INLINE FloatVec apply_signs(FloatVec v, int64_t i) {
+  IntVec signs;
+  __builtin_memcpy(&signs, kSigns.bits + i, sizeof(signs));
+  return (FloatVec)((IntVec)v ^ signs);
+}
+
+// Every lane's partner: the lane whose number differs in that bit.
+template <int kBit>
+TQ_INLINE FloatVec partners(FloatVec v) {
+#if defined(TQ_ISA_AVX512)
+  if constexpr (kBit < 2) return (FloatVec)_mm512_permute_ps((__m512)v, kBit == 0 ? 0xb1 : 0x4e);
+  return (FloatVec)_mm512_shuffle_f32x4((__m512)v, (__m512)v, kBit == 2 ? 0xb1 : 0x4e);
+#elif defined(TQ_ISA_AVX2)
+  if constexpr (kBit < 2) return (FloatVec)_mm256_permute_ps((__m256)v, kBit == 0 ? 0xb1 : 0x4e);
+  return (FloatVec)_mm256_permute2f128_ps((__m256)v, (__m256)v, 1);
+#elif defined(__x86_64__)
+  return (FloatVec)_mm_shuffle_ps((__m128)v, (__m128)v, kBit == 0 ? 0xb1 : 0x4e);
+#elif defined(__aarch64__)
+  if constexpr (kBit == 0) return (FloatVec)vrev64q_f32((float32x4_t)v);
+  return (FloatVec)vextq_f32((float32x4_t)v, (float32x4_t)v, 2);
+#else
+  FloatVec swapped;
+  for (int i = 0; i < kWidth; ++i) swapped[i] = v[i ^ (1 << kBit)];
+  return swapped;
+#endif
+}
+
+// Of each pair of partners the sum, where the bit is clear, and the difference.
+template <int kBit>
+TQ_INLINE FloatVec butterfly_of_lanes(FloatVec v) {
+  if constexpr (1 << kBit < kWidth) {
+    FloatVec sign;
+    for (int i = 0; i < kWidth; ++i) sign[i] = i >> kBit & 1 ? -1.0f : 1.0f;
+    return v * sign + partners<kBit>(v);
+  }
+  return v;
+}
+
+// The stages among the lanes of a vector, for transforms of kCount numbers.
+template <int kCount>
+TQ_INLINE FloatVec hadamard_of_lanes(FloatVec v) {
+  v = butterfly_of_lanes<1>(butterfly_of_lanes<0>(v));
+  if constexpr (kCount > 4) v = butterfly_of_lanes<2>(v);
+  if constexpr (kCount > 8) v = butterfly_of_lanes<3>(v);
+  return v;
+}
+
+// log2(kRadix) stages among `count` vectors, from those that are `stride` apart on.
+template <int kRadix>
+TQ_INLINE void butterflies(float* x, int64_t count, int64_t stride) {
+  for (int64_t group = 0; group < count; group += stride * kRadix) {
+    for (int64_t first = group; first < group + stride; ++first) {
+      FloatVec v[kRadix];
+      for (int i = 0; i < kRadix; ++i) v[i] = load(x + (first + i * stride) * kWidth);
+      for (int apart = 1; apart < kRadix; apart *= 2) {
+        for (int i = 0; i < kRadix; ++i) {
+          if (i & apart) continue;
+          const FloatVec a = v[i], b = v[i + apart];
+          v[i] = a + b;
+          v[i + apart] = a - b;
+        }
+      }
+      for (int i = 0; i < kRadix; ++i) store(x + (first + i * stride) * kWidth, v[i]);
+    }
+  }
+}
+
+// The stages among the vectors of a power-of-two transform.
+template <int kVectors>
+TQ_INLINE void hadamard_of_vectors(float* x) {
+  constexpr int kEighths = kVectors >= 64 ? 64 : kVectors >= 8 ? 8 : 1;  // left apart by stages of eight
+  if constexpr (kVectors >= 8) butterflies<8>(x, kVectors, 1);
+  if constexpr (kVectors >= 64) butterflies<8>(x, kVectors, 8);
+  if constexpr (kVectors > kEighths) butterflies<kVectors / kEighths>(x, kVectors, kEighths);
 }
 
 // Signs of the symmetric Hadamard matrix of order 12 or 20: a border of ones around Legendre symbols of i + j.
+template <int kOrder>
 struct OddHadamard {
-  float entry[20][20];
-  explicit OddHadamard(int order) {
-    const int q = order - 1;
-    for (int i = 0; i < order; ++i) {
-      for (int j = 0; j < order; ++j) {
+  float entry[kOrder][kOrder]{};
+  constexpr OddHadamard() {
+    const int q = kOrder - 1;
+    for (int i = 0; i < kOrder; ++i) {
+      for (int j = 0; j < kOrder; ++j) {
         float value = 1.0f;
         if (i > 0 && j > 0) {
           value = -1.0f;
@@ -39,44 +181,66 @@ struct OddHadamard {
   }
 };
 
-int odd_order(int64_t head_dim) { return head_dim == 80 ? 20 : head_dim % 3 == 0 ? 12 : 1; }
+// The order-kOrder transform among as many parts of the row.
+template <int kOrder, int kPart>
+void hadamard_of_parts(float* row) {
+  static constexpr OddHadamard<kOrder> matrix;
+  typedef float PartVec __attribute__((vector_size(kPart * 4)));
+  constexpr int kTogether = 4;  // sums that do not wait for each other; divides both orders
+  PartVec part[kOrder];
+  __builtin_memcpy(part, row, sizeof(part));
+  for (int to = 0; to < kOrder; to += kTogether) {
+    PartVec total[kTogether] = {};
+    for (int from = 0; from < kOrder; ++from) {
+      for (int i = 0; i < kTogether; ++i) total[i] += matrix.entry[to + i][from] * part[from];
+    }
+    __builtin_memcpy(row + to * kPart, total, sizeof(total));
+  }
+}
 
-void apply_signs(float* row, int64_t head_dim) {
-  for (int64_t i = 0; i < head_dim; ++i) {
-    row[i] = (kSignWords[i / 32] >> (i % 32)) & 1 ? -row[i] : row[i];
+// The parts of a row that the transform of an odd order mixes.
+constexpr int hadamard_parts(int head_dim) { return head_dim == 80 ? 20 : head_dim % 3 == 0 ? 12 : 1; }
+
+// H times the row, not normalised; the stages among a vector's lanes are done already.
+template <int kHeadDim>
+TQ_INLINE void hadamard_after_lanes(float* row) {
+  constexpr int kParts = hadamard_parts(kHeadDim), kPart = kHeadDim / kParts;
+  if constexpr (kPart > kWidth) {
+    for (int part = 0; part < kParts; ++part) hadamard_of_vectors<kPart / kWidth>(row + part * kPart);
+  }
+  if constexpr (kParts > 1) hadamard_of_parts<kParts, kPart>(row);
+}
+
+// H times the signed row, not normalised, of numbers of any type.
+template <int kHeadDim, typename In>
+TQ_INLINE void signed_hadamard(const In* in, bool has_signs, float* row) {
+  constexpr int kPart = kHeadDim / hadamard_parts(kHeadDim);
+  for (int i = 0; i < kHeadDim; i += kWidth) {
+    const FloatVec x = load_number(in + i);
+    store(row + i, hadamard_of_lanes<kPart>(has_signs ? apply_signs(x, i) : x));
+  }
+  hadamard_after_lanes<kHeadDim>(row);
+}
+
+template <int kHeadDim>
+void rotate(const float* in, float* out, int64_t rows, bool inverse, float scale) {
+  const float factor = scale / std::sqrt(static_cast<float>(kHeadDim));
+  alignas(64) float row[kHeadDim];
+  for (int64_t r = 0; r < rows; ++r, in += kHeadDim, out += kHeadDim) {
+    signed_hadamard<kHeadDim>(in, !inverse, row);
+    for (int i = 0; i < kHeadDim; i += kWidth) {
+      const FloatVec x = load(row + i) * factor;
+      store(out + i, inverse ? apply_signs(x, i) : x);
+    }
   }
 }
 
 void rotate(const float* in, float* out, int64_t rows, int64_t head_dim, bool inverse, float scale) {
-  static const OddHadamard order12(12), order20(20);
-  alignas(64) float buffers[2][TQ_MAX_HEAD_DIM];
-  const int odd = odd_order(head_dim);
-  const int64_t part = head_dim / odd;
-  const float factor = scale / std::sqrt(static_cast<float>(head_dim));
-  for (int64_t r = 0; r < rows; ++r) {
-    float* row = buffers[0];
-    std::memcpy(row, in + r * head_dim, head_dim * sizeof(float));
-    if (!inverse) apply_signs(row, head_dim);
-    if (odd == 1) {
-      row = hadamard_power_of_two(buffers[0], buffers[1], head_dim);
-    } else {
-      const float (*matrix)[20] = odd == 12 ? order12.entry : order20.entry;
-      const float* parts[20];
-      for (int p = 0; p < odd; ++p) {
-        parts[p] = hadamard_power_of_two(buffers[0] + p * part, buffers[1] + p * part, part);
-      }
-      alignas(64) float mixed[TQ_MAX_HEAD_DIM];
-      for (int p = 0; p < odd; ++p) {
-        for (int64_t i = 0; i < part; ++i) {
-          float total = 0;
-          for (int from = 0; from < odd; ++from) total += matrix[p][from] * parts[from][i];
-          mixed[p * part + i] = total;
-        }
-      }
-      row = buffers[0];
-      std::memcpy(row, mixed, head_dim * sizeof(float));
-    }
-    if (inverse) apply_signs(row, head_dim);
-    for (int64_t i = 0; i < head_dim; ++i) out[r * head_dim + i] = row[i] * factor;
+  switch (head_dim) {
+#define CASE(dim) \
+  case dim:       \
+    return rotate<dim>(in, out, rows, inverse, scale);
+    TQ_HEAD_DIMS(CASE)
+#undef CASE
   }
 }
