@@ -1,6 +1,6 @@
 """Decode attention on an NVIDIA GPU: this package against the fastest fp16 scaled_dot_product_attention.
 
-    python benchmarks/cuda.py --json cuda.json --plot cuda.png
+    python benchmarks/nvidia.py --json cuda.json --plot cuda.png
 
 Each contestant is captured in a CUDA graph that goes through enough caches that none of it is in the L2 when its turn
 comes again; the graphs take turns. Times are microseconds a call: the attention and the merging of its parts. "limit"
