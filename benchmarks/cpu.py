@@ -29,8 +29,11 @@ import torch
 from common import Row, plot, write_json
 from cpu_tables import attention, encode, loop, step
 
+import torch_tqattn as tq
+
 FORMATS = ("tq4/tq4", "tq8/tq4", "tq6/tq4", "tq8/tq8", "tq5/tq5", "tq3/tq3", "tq2/tq2", "f16/tq4", "f16/f16")
 CAPABILITIES = ("avx512", "avx2", "default")  # what PyTorch takes as ATEN_CPU_CAPABILITY
+PACKAGE = Path(tq.__file__).parent
 TABLES: dict[str, Any] = {"attention": attention, "encode": encode, "step": step, "loop": loop}
 
 
@@ -71,7 +74,7 @@ def main() -> None:
         torch.set_grad_enabled(False)
         torch.manual_seed(0)
         capability = torch.backends.cpu.get_cpu_capability()
-        print(f"{platform.machine()}, {os.cpu_count()} cores, {capability}, PyTorch {torch.__version__}")
+        print(f"{platform.machine()}, {os.cpu_count()} cores, {capability}, PyTorch {torch.__version__}, {PACKAGE}")
         rows = [{"capability": capability, **row} for row in TABLES[arguments.table].run(arguments)]
     if arguments.rows:
         arguments.rows.write_text(json.dumps(rows))
