@@ -48,20 +48,18 @@ Floats largest_of_heads(Floats x) {
   x = larger(x, _mm512_shuffle_f32x4(x, x, 0x4e));
   return larger(x, _mm512_shuffle_f32x4(x, x, 0xb1));
 }
-// The sums of the vectors [row][head].
-Floats sums_of(const Floats (&x)[4][kGroup]) {
-  Floats rows[4], pairs[2];
-  for (int r = 0; r < 4; ++r) {
-    const Floats low = _mm512_unpacklo_ps(x[r][0], x[r][1]) + _mm512_unpackhi_ps(x[r][0], x[r][1]);
-    const Floats high = _mm512_unpacklo_ps(x[r][2], x[r][3]) + _mm512_unpackhi_ps(x[r][2], x[r][3]);
-    const __m512d a = _mm512_castps_pd(low), b = _mm512_castps_pd(high);
-    rows[r] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-  }
-  for (int i = 0; i < 2; ++i) {
-    const Floats a = rows[2 * i], b = rows[2 * i + 1];
-    pairs[i] = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
-  }
-  return _mm512_shuffle_f32x4(pairs[0], pairs[1], 0x88) + _mm512_shuffle_f32x4(pairs[0], pairs[1], 0xdd);
+// In each 128 bits, sums of those of four vectors.
+Floats in_lanes(const Floats (&x)[kGroup]) {
+  const Floats low = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
+  const Floats high = _mm512_unpacklo_ps(x[2], x[3]) + _mm512_unpackhi_ps(x[2], x[3]);
+  const __m512d a = _mm512_castps_pd(low), b = _mm512_castps_pd(high);
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+}
+// The sums of the 128 bits of each vector, one after the other.
+Floats sums_of(const Floats (&x)[4]) {
+  const Floats first = _mm512_shuffle_f32x4(x[0], x[1], 0x88) + _mm512_shuffle_f32x4(x[0], x[1], 0xdd);
+  const Floats second = _mm512_shuffle_f32x4(x[2], x[3], 0x88) + _mm512_shuffle_f32x4(x[2], x[3], 0xdd);
+  return _mm512_shuffle_f32x4(first, second, 0x88) + _mm512_shuffle_f32x4(first, second, 0xdd);
 }
 #else
 using Floats = __m256;
@@ -89,12 +87,11 @@ Floats exp2_integer(Floats p, Floats n) {
 Floats round(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 Floats fourfold(const float* p) { return _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0])); }
 Floats largest_of_heads(Floats x) { return larger(x, _mm256_permute2f128_ps(x, x, 1)); }
-Floats sums_of(const Floats (&x)[2][kGroup]) {
-  Floats rows[2];
-  for (int r = 0; r < 2; ++r) {
-    rows[r] = _mm256_hadd_ps(_mm256_hadd_ps(x[r][0], x[r][1]), _mm256_hadd_ps(x[r][2], x[r][3]));
-  }
-  return _mm256_permute2f128_ps(rows[0], rows[1], 0x20) + _mm256_permute2f128_ps(rows[0], rows[1], 0x31);
+Floats in_lanes(const Floats (&x)[kGroup]) {
+  return _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+}
+Floats sums_of(const Floats (&x)[2]) {
+  return _mm256_permute2f128_ps(x[0], x[1], 0x20) + _mm256_permute2f128_ps(x[0], x[1], 0x31);
 }
 #endif
 constexpr int kWidth = sizeof(Floats) / sizeof(float);
@@ -142,16 +139,16 @@ struct Head {
   // weights = logits of the positions that `k` begins with.
   void logits(const Side& k) {
     for (int row = 0; row < kBlock; row += kRows) {
-      Floats dot[kRows][kGroup];
+      Floats rows[kRows];
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) dots((row + r) * kDim / 2 + k.codes, dot[r]);
-      store(weights[row], sums_of(dot) * fourfold(k.norms + row));
+      for (int r = 0; r < kRows; ++r) rows[r] = products(k.codes + (row + r) * kDim / 2);
+      store(weights[row], sums_of(rows) * fourfold(k.norms + row));
     }
   }
 
-  // Products of a row with the four queries, to be summed up.
-  void dots(const uint8_t* codes, Floats (&dot)[kGroup]) const {
-    for (int h = 0; h < kGroup; ++h) dot[h] = all(0);
+  // The products of a row with the four queries, to be summed up over the 128 bits.
+  Floats products(const uint8_t* codes) const {
+    Floats dot[kGroup] = {all(0), all(0), all(0), all(0)};
 #pragma GCC unroll 4
     for (int chunk = 0; chunk < kDim; chunk += kChunk) {
       _mm_prefetch(reinterpret_cast<const char*>(codes + chunk / 2) + kPrefetch, _MM_HINT_T0);
@@ -163,6 +160,7 @@ struct Head {
         for (int h = 0; h < kGroup; ++h) dot[h] = multiply_add(x, load(&q[h][chunk + i * kWidth]), dot[h]);
       }
     }
+    return in_lanes(dot);
   }
 
   // Logits become weights times the norms of the values; what was summed up is brought to the new largest logit.
