@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     common.add_argument("--formats", nargs="+", default=FORMATS, metavar="K/V")
     common.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     common.add_argument("--rounds", type=int, default=15)
+    common.add_argument("--least", action="store_true", help="least times, not medians: for a machine that others use")
     common.add_argument("--capability", nargs="+", choices=CAPABILITIES, help="instruction sets: a table for each")
     common.add_argument("--json", type=Path, help="also write all numbers here")
     common.add_argument("--plot", type=Path, help="draw time over context here")

@@ -42,8 +42,10 @@ class Local:
     def close(self) -> None: ...
 
 
-def measure(contestants: dict[str, Contestant], threads: Sequence[int], rounds: int) -> dict[str, dict[int, Row]]:
-    """Microseconds a call of each contestant with each number of threads: median, and the quarter below and above."""
+def measure(
+    contestants: dict[str, Contestant], threads: Sequence[int], rounds: int, least: bool
+) -> dict[str, dict[int, Row]]:
+    """Microseconds a call of each contestant with each number of threads: `us` is the median, or the least."""
     times: dict[tuple[str, int], list[float]] = {}
     calls: dict[tuple[str, int], int] = {}
     for turn in tqdm(range(rounds + 1), desc="measuring", leave=False):
@@ -56,12 +58,13 @@ def measure(contestants: dict[str, Contestant], threads: Sequence[int], rounds: 
                     times.setdefault(key, []).extend(seconds)
                 else:
                     calls[key] = max(1, min(MOST_CALLS, round(TURN / seconds[0])))
-    return {name: {count: summary(times[name, count]) for count in threads} for name in contestants}
+    return {name: {count: summary(times[name, count], least) for count in threads} for name in contestants}
 
 
-def summary(seconds: list[float]) -> Row:
+def summary(seconds: list[float], least: bool) -> Row:
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-    return {"us": middle * 1e6, "us_quarter": low * 1e6, "us_three_quarters": high * 1e6, "us_min": min(seconds) * 1e6}
+    spread = {"us_quarter": low * 1e6, "us_three_quarters": high * 1e6, "us_min": min(seconds) * 1e6}
+    return {"us": (min(seconds) if least else middle) * 1e6, "us_median": middle * 1e6, **spread}
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
                 entries = entries_of(case, arguments)
                 contestants = {name: entry.contestant for name, entry in entries.items()}
                 try:
-                    times = measure(contestants, arguments.threads, arguments.rounds)
+                    times = measure(contestants, arguments.threads, arguments.rounds, arguments.least)
                 finally:
                     for entry in entries.values():
                         entry.contestant.close()
@@ -139,7 +139,7 @@ def rows_of(case: Case, entries: dict[str, Entry], times: dict[str, dict[int, Ro
 
 
 def print_times(rows: list[Row], threads: list[int]) -> None:
-    """Median, and half the distance of the quarters as noise."""
+    """Times, and half the distance of the quarters as noise."""
     heads = "".join(f"{f'µs, {count} thread' + 's' * (count > 1):>16}{'±':>6}" for count in threads)
     print(f"{'':36}{'bits':>6}{heads}{'scaling':>9}{TORCH + ' / it':>22}")
     for name in dict.fromkeys(row["name"] for row in rows):
@@ -150,7 +150,7 @@ def print_times(rows: list[Row], threads: list[int]) -> None:
 
 
 def noise(row: Row) -> float:
-    return (row["us_three_quarters"] - row["us_quarter"]) / 2 / row["us"]
+    return (row["us_three_quarters"] - row["us_quarter"]) / 2 / row["us_median"]
 
 
 def print_ratios(rows: list[Row], threads: int) -> None:

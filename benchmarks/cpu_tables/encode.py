@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
                 cache = empty_cache(arguments, formats, encode)
                 add(f"{formats} {encode}", dtype, Local(append_call(cache, k, v)), formats=formats, encode=encode)
     with busy_others() as others:
-        times = measure(contestants, arguments.threads, arguments.rounds)
+        times = measure(contestants, arguments.threads, arguments.rounds, arguments.least)
     rows = []
     for name, of_threads in times.items():
         for threads, us in of_threads.items():

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             cache.name: Local(loop_call(model, cache, context, arguments.tokens)) for cache in caches
         }
         with busy_others() as others:
-            times = measure(contestants, arguments.threads, arguments.rounds)
+            times = measure(contestants, arguments.threads, arguments.rounds, arguments.least)
         for name, of_threads in times.items():
             for threads, us in of_threads.items():
                 dense = times[caches[0].name][threads]["us"]

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     for context in arguments.contexts:
         contestants = contestants_of(context, arguments)
         with busy_others() as others:
-            times = measure(contestants, arguments.threads, arguments.rounds)
+            times = measure(contestants, arguments.threads, arguments.rounds, arguments.least)
         for name, of_threads in times.items():
             for threads, us in of_threads.items():
                 about = {"name": name, "context": context, "head_dim": arguments.head_dim, "threads": threads}
