@@ -1,6 +1,6 @@
 """Decode attention on an NVIDIA GPU: this package against the fastest fp16 scaled_dot_product_attention.
 
-    python benchmarks/cuda.py --json cuda.json --plot cuda.png
+    python benchmarks/nvidia.py --json cuda.json --plot cuda.png
 
 Each contestant is captured in a CUDA graph that goes through enough caches that none of it is in the L2 when its turn
 comes again; the graphs take turns. Times are microseconds a call: the attention and the merging of its parts. "limit"
@@ -9,15 +9,13 @@ run; "share" is how much of the time that is.
 """
 
 import argparse
-import copy
-import json
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import Call, Case, Row, bytes_read, filled_caches, plot, write_json
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,26 +26,6 @@ FORMATS = ("tq4/tq4", "tq8/tq4", "tq8/tq8", "f16/tq4", "tq6/tq4", "tq3/tq3", "f1
 CONTEXTS = (1024, 4096, 16384, 32768, 131072)
 SDPA = "SDPA fp16"
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-FILL = 8192  # tokens appended at a time
-Call = Callable[[int], object]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What attends to what."""
-
-    context: int
-    head_dim: int = 128
-    batch: int = 1
-    heads: int = 32
-    kv_heads: int = 8
-    q_len: int = 1
-
-    def __str__(self) -> str:
-        return (
-            f"context {self.context}, head dim {self.head_dim}, batch {self.batch}, "
-            f"{self.heads}/{self.kv_heads} heads, {self.q_len} query tokens"
-        )
 
 
 def graph_of(call: Call, copies: int, calls: int) -> torch.cuda.CUDAGraph:
@@ -102,20 +80,6 @@ def sdpa_calls(case: Case, copies: int) -> dict[str, Call]:
     return calls
 
 
-def bytes_read(case: Case, formats: str) -> float:
-    k_format, v_format = formats.split("/")
-    return case.batch * case.kv_heads * case.context * tq.bytes_per_token(k_format, v_format, case.head_dim)
-
-
-def filled_caches(case: Case, formats: str, copies: int) -> list[tq.KVCache]:
-    k_format, v_format = formats.split("/")
-    first = tq.KVCache(case.batch, case.kv_heads, case.head_dim, case.context + 64, k_format, v_format, device="cuda")
-    for begin in range(0, case.context, FILL):
-        shape = (2, case.batch, case.kv_heads, min(FILL, case.context - begin), case.head_dim)
-        first.append(*torch.randn(shape, device="cuda", dtype=torch.float16))
-    return [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
-
-
 def attention_call(case: Case, caches: list[tq.KVCache]) -> Call:
     q = torch.randn(case.batch, case.heads, case.q_len, case.head_dim, device="cuda", dtype=torch.float16)
     return lambda i: tq.attention(q, caches[i])
@@ -135,10 +99,10 @@ def read_speed() -> float:
     return x.numel() * 4 / times_of({"": (graph, 3)}, 5)[""] * 1e6
 
 
-def measure(case: Case, formats: list[str], speed: float, rounds: int, with_step: bool) -> list[dict[str, Any]]:
+def measure(case: Case, formats: list[str], speed: float, rounds: int, with_step: bool) -> list[Row]:
     """A row for the fastest form of SDPA and for each pair of formats."""
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
 
     def run(calls: dict[str, Call], copies: int) -> dict[str, float]:
         count = max(copies, 8) // copies * copies
@@ -158,33 +122,13 @@ def measure(case: Case, formats: list[str], speed: float, rounds: int, with_step
     for pair in formats:
         nbytes = bytes_read(case, pair)
         copies = max(2, int(2.5 * l2 / nbytes) + 1)
-        caches = filled_caches(case, pair, copies)
+        caches = filled_caches(case, pair, copies, "cuda", torch.float16)
         add(pair, run({"": attention_call(case, caches)}, copies)[""], nbytes)
         if with_step:
             add(f"{pair} step", run({"": step_call(case, caches)}, copies)[""], nbytes)
         del caches
         torch.cuda.empty_cache()
     return rows
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in rows if (row["batch"], row["q_len"], row["heads"], row["kv_heads"]) == (1, 1, 32, 8)]
-    head_dims = sorted({row["head_dim"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(head_dims), figsize=(6 * len(head_dims), 4.5), squeeze=False)
-    for head_dim, axis in zip(head_dims, axes[0], strict=True):
-        for name in dict.fromkeys(row["name"] for row in rows if not row["name"].endswith("step")):
-            points = [(row["context"], row["us"]) for row in rows if (row["name"], row["head_dim"]) == (name, head_dim)]
-            style = {"color": "black", "linewidth": 2.5} if name == SDPA else {}
-            axis.plot(*zip(*sorted(points), strict=True), label=name, marker=".", **style)
-        axis.set(xscale="log", yscale="log", title=f"head dim {head_dim}", xlabel="positions", ylabel="µs a call")
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -206,7 +150,7 @@ def main() -> None:
             cases += [Case(16384, head_dim, kv_heads=32), Case(16384, head_dim, q_len=4)]
     speed = read_speed()
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, reads {speed / 1e12:.2f} TB/s")
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for case in cases:
         print(f"\n{case}\n{'':14}{'µs':>9}{'SDPA / it':>11}{'limit µs':>10}{'share':>8}")
         is_short = case.context == 1024
@@ -219,9 +163,10 @@ def main() -> None:
             rows.append(row)
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "read_speed": speed, "rows": rows}
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.json, **result)
     if arguments.plot:
-        plot(rows, arguments.plot)
+        same = [row for row in rows if (row["batch"], row["q_len"], row["heads"], row["kv_heads"]) == (1, 1, 32, 8)]
+        plot([row for row in same if not row["name"].endswith("step")], arguments.plot, emphasised=SDPA)
 
 
 if __name__ == "__main__":

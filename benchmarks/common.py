@@ -1,0 +1,73 @@
+"""What the benchmarks of all devices share."""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import torch_tqattn as tq
+
+FILL = 8192  # tokens appended at a time
+Call = Callable[[int], object]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What attends to what."""
+
+    context: int
+    head_dim: int = 128
+    batch: int = 1
+    heads: int = 32
+    kv_heads: int = 8
+    q_len: int = 1
+
+    def __str__(self) -> str:
+        return (
+            f"context {self.context}, head dim {self.head_dim}, batch {self.batch}, "
+            f"{self.heads}/{self.kv_heads} heads, {self.q_len} query tokens"
+        )
+
+
+def bytes_read(case: Case, formats: str) -> float:
+    k_format, v_format = formats.split("/")
+    return case.batch * case.kv_heads * case.context * tq.bytes_per_token(k_format, v_format, case.head_dim)
+
+
+def filled_caches(case: Case, formats: str, copies: int, device: str, dtype: torch.dtype) -> list[tq.KVCache]:
+    """Caches of random tokens, with room for 64 more."""
+    k_format, v_format = formats.split("/")
+    first = tq.KVCache(case.batch, case.kv_heads, case.head_dim, case.context + 64, k_format, v_format, device=device)
+    for begin in range(0, case.context, FILL):
+        shape = (2, case.batch, case.kv_heads, min(FILL, case.context - begin), case.head_dim)
+        first.append(*torch.randn(shape, device=device, dtype=dtype))
+    return [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
+
+
+def write_json(path: Path, **result: Any) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def plot(rows: list[Row], path: Path, emphasised: str) -> None:
+    """Time over context, a picture for each head dim."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    head_dims = sorted({row["head_dim"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(head_dims), figsize=(6 * len(head_dims), 4.5), squeeze=False)
+    for head_dim, axis in zip(head_dims, axes[0], strict=True):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            points = [(row["context"], row["us"]) for row in rows if (row["name"], row["head_dim"]) == (name, head_dim)]
+            style = {"color": "black", "linewidth": 2.5} if name == emphasised else {}
+            axis.plot(*zip(*sorted(points), strict=True), label=name, marker=".", **style)
+        axis.set(xscale="log", yscale="log", title=f"head dim {head_dim}", xlabel="positions", ylabel="µs a call")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
