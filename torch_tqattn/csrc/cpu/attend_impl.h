@@ -262,13 +262,15 @@ class Attention {
     for (int64_t from = 0; from < head_dim_; from += TQ_NORM_GROUP) {
       float* products = from == 0 ? logits_ : weights_;
       score_group(place, begin, count, from, products);
-      alignas(64) float factors[kMaxTile] = {};
-      keys_.factors(place, begin, count, from / TQ_NORM_GROUP, factors);
+      alignas(64) float norms[kMaxTile] = {};
+      keys_.norms(place, begin, count, from / TQ_NORM_GROUP, norms);
+      const float scale = keys_.scale(place);
       for (int64_t r = 0; r < task_.rows; ++r) {
         const FloatVec before = broadcast(mean_logits_[r]);
         for (int64_t j = 0; j < padded; j += kWidth) {
           const int64_t at = r * kLogitRow + j;
-          store(logits_ + at, load(products + at) * load(factors + j) + (from == 0 ? before : load(logits_ + at)));
+          store(logits_ + at,
+                load(products + at) * (load(norms + j) * scale) + (from == 0 ? before : load(logits_ + at)));
         }
       }
     }
@@ -314,12 +316,13 @@ class Attention {
 
   // weights_ = the softmax's weights times the norms of one group of values.
   void weigh(Place place, int64_t begin, int64_t count, int64_t padded, int64_t group, uint64_t seen) {
-    alignas(64) float factors[kMaxTile] = {};
-    values_.factors(place, begin, count, group, factors);
-    for (int64_t j = 0; j < count && ~seen != 0; ++j) factors[j] = (seen >> j) & 1 ? factors[j] : 0.0f;
+    alignas(64) float norms[kMaxTile] = {};
+    values_.norms(place, begin, count, group, norms);
+    const float scale = values_.scale(place);
+    for (int64_t j = 0; j < count && ~seen != 0; ++j) norms[j] = (seen >> j) & 1 ? norms[j] : 0.0f;
     for (int64_t r = 0; r < task_.rows; ++r) {
       for (int64_t at = r * kLogitRow, j = 0; j < padded; at += kWidth, j += kWidth) {
-        store(weights_ + at, load(logits_ + at) * load(factors + j));
+        store(weights_ + at, load(logits_ + at) * (load(norms + j) * scale));
       }
     }
   }

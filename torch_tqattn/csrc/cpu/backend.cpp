@@ -40,6 +40,8 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kRowsPerThread = 128;  // to rotate or to merge: fewer take less time than waking a thread
+
 int64_t first_position(const OptionalTensor& starts, int64_t batch) {
   return starts.has_value() ? std::max(starts->const_data_ptr<int32_t>()[batch], 0) : 0;
 }
@@ -178,7 +180,7 @@ class CpuBackend final : public Backend {
     const int64_t head_dim = x.size(-1), rows = x.numel() / head_dim;
     const float* from = input.const_data_ptr<float>();
     float* to = out.mutable_data_ptr<float>();
-    parallel_for(rows, 64, [&](int64_t begin, int64_t end) {
+    parallel_for(rows, kRowsPerThread, [&](int64_t begin, int64_t end) {
       kernels().rotate(from + begin * head_dim, to + begin * head_dim, end - begin, head_dim, inverse, 1.0f);
     });
   }
@@ -215,8 +217,9 @@ class CpuBackend final : public Backend {
     const int64_t kv_heads = call.params.num_kv_heads, group = heads / kv_heads, rows = q_len * group;
     TqAttendParams params = call.params;
     // Rows of one KV head lie together: [batch, kv_heads, q_len, group, head_dim].
-    const Tensor q =
-        call.q.to(at::kFloat).reshape({batch, kv_heads, group, q_len, head_dim}).transpose(2, 3).contiguous();
+    Tensor q = call.q.to(at::kFloat);
+    if (q_len > 1) q = q.reshape({batch, kv_heads, group, q_len, head_dim}).transpose(2, 3);
+    q = q.contiguous();
     const Tensor mask = call.mask.has_value() ? call.mask->contiguous() : Tensor();
     const int64_t row_tiles = (rows + kMaxTaskRows - 1) / kMaxTaskRows;
     const int64_t tasks = batch * kv_heads * row_tiles;
@@ -226,15 +229,14 @@ class CpuBackend final : public Backend {
       params.splits = static_cast<uint32_t>(cpu_splits(tasks, positions / 64, at::get_num_threads()));
     }
     const int64_t splits = params.splits;
-    Tensor parts = call.partials.has_value()
-                       ? *call.partials
-                       : at::empty({batch * heads * q_len * splits * (head_dim + 2)}, q.options());
-    float* outs = parts.mutable_data_ptr<float>();
-    float* sums = outs + batch * heads * q_len * splits * head_dim;
+    const int64_t numbers = batch * heads * q_len * head_dim, sums_size = batch * heads * q_len * splits * 2;
+    const bool has_partials = call.partials.has_value();
+    const Tensor scratch = at::empty({numbers + (has_partials ? 0 : numbers * splits + sums_size)}, q.options());
+    float* queries = scratch.mutable_data_ptr<float>();
+    float* outs = has_partials ? call.partials->mutable_data_ptr<float>() : queries + numbers;
+    float* sums = outs + numbers * splits;
     const float* given = q.const_data_ptr<float>();
-    const Tensor rotated = at::empty_like(q);
-    float* queries = rotated.mutable_data_ptr<float>();
-    parallel_for(batch * kv_heads * rows, 16, [&](int64_t begin, int64_t end) {
+    parallel_for(batch * kv_heads * rows, kRowsPerThread, [&](int64_t begin, int64_t end) {
       const float* from = given + begin * head_dim;
       float* to = queries + begin * head_dim;
       if (call.rotate_q) {
@@ -331,7 +333,7 @@ class CpuBackend final : public Backend {
     const Tensor sinks = call.sinks.has_value() ? call.sinks->to(at::kFloat).contiguous() : Tensor();
     float* out = result.mutable_data_ptr<float>();
     float* lse = call.lse.has_value() ? call.lse->mutable_data_ptr<float>() : nullptr;
-    parallel_for(batch * heads * q_len, 16, [&](int64_t begin, int64_t end) {
+    parallel_for(batch * heads * q_len, kRowsPerThread, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {  // in the order of outs: batch, KV head, token, head of the group
         const int64_t head_of_group = row % group, token = row / group % q_len, kv = row / (group * q_len);
         const int64_t head = kv * group + head_of_group;

@@ -65,19 +65,21 @@ class SideReader {
     return reinterpret_cast<const uint8_t*>(row);
   }
 
-  // What the numbers of norm group `group` of `count` rows are to be multiplied with.
-  void factors(Place place, int64_t position, int64_t count, int64_t group, float* out) const {
+  // What a row's numbers are to be multiplied with, besides norms: integers of a codebook with its scale.
+  float scale(Place place) const { return is_half(place) ? 1.0f : store_.levels->factor; }
+
+  // The norms of group `group` of `count` rows.
+  void norms(Place place, int64_t position, int64_t count, int64_t group, float* out) const {
     if (is_half(place)) {
       for (int64_t j = 0; j < count; ++j) out[j] = 1.0f;
       return;
     }
     const int64_t groups = norm_groups(params_.head_dim);
-    const float* norms = store_.norms + position % params_.slots * groups + group;
-    const float factor = store_.norm_factor * store_.levels->factor;
+    const float* stored = store_.norms + position % params_.slots * groups + group;
     if (groups == 1) {
-      for (int64_t j = 0; j < count; ++j) out[j] = norms[j] * factor;
+      for (int64_t j = 0; j < count; ++j) out[j] = stored[j] * store_.norm_factor;
     } else {
-      for (int64_t j = 0; j < count; ++j) out[j] = norms[j * groups] * factor;
+      for (int64_t j = 0; j < count; ++j) out[j] = stored[j * groups] * store_.norm_factor;
     }
   }
 
@@ -119,9 +121,11 @@ void decode(const HeadStore& store, const TqAttendParams& params, int64_t begin,
         for (int64_t i = 0; i < head_dim; ++i) out[i] = 0.0f;
         rows.add_natural(ordered, out);
         for (int64_t from = 0; from < head_dim; from += TQ_NORM_GROUP) {
-          float factor;
-          side.factors(run.place, position, 1, from / TQ_NORM_GROUP, &factor);
-          for (int64_t i = from; i < smaller(head_dim, from + TQ_NORM_GROUP); ++i) out[i] *= factor;
+          float norm;
+          side.norms(run.place, position, 1, from / TQ_NORM_GROUP, &norm);
+          // The level first, as the format has it: a block's mean may be of the same size and cancel it.
+          const int64_t to = smaller(head_dim, from + TQ_NORM_GROUP);
+          for (int64_t i = from; i < to; ++i) out[i] = out[i] * side.scale(run.place) * norm;
         }
         for (int64_t i = 0; mean != nullptr && i < head_dim; ++i) out[i] += static_cast<float>(mean[i]);
       }

@@ -1,4 +1,6 @@
 // The codebooks as tables of bytes.
+#include <c10/util/Exception.h>
+
 #include <cstring>
 
 #include "kernels.h"
@@ -8,8 +10,12 @@ namespace {
 
 LevelTable make_table(const Codebook& codebook) {
   LevelTable table;
-  // Integers have few digits: their lower bytes are zero and need no look-up.
+  // Integers have few digits: their lower bytes are zero and need no look-up. And they are symmetric.
   const bool has_integers = codebook.integers != nullptr;
+  const int last = (1 << codebook.bits) - 1;
+  for (int i = 0; has_integers && i <= last; ++i) {
+    TORCH_INTERNAL_ASSERT(codebook.integers[i] == -codebook.integers[last - i]);
+  }
   table.factor = has_integers ? codebook.scale : 1.0f;
   for (int i = 0; i < 256; ++i) {
     const int code = i % (1 << codebook.bits);

@@ -104,6 +104,7 @@ TQ_INLINE ByteVec look_up(const uint8_t* table, ByteVec codes) {
     return (ByteVec)_mm512_maskz_permutexvar_epi8(~__mmask64{0}, index, entries(0));
   } else {
     const __m512i low = _mm512_permutex2var_epi8(entries(0), index, entries(1));
+    if constexpr (kBits == 7) return (ByteVec)low;
     const __m512i high = _mm512_permutex2var_epi8(entries(2), index, entries(3));
     return (ByteVec)_mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
   }
@@ -113,15 +114,16 @@ TQ_INLINE ByteVec look_up(const uint8_t* table, ByteVec codes) {
   if constexpr (kBits <= 4) return (ByteVec)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)(codes & 15));
   const uint8x16_t index = (uint8x16_t)(kBits == 8 ? codes : codes & ((1 << kBits) - 1));
   uint8x16_t found = vqtbl4q_u8(vld1q_u8_x4(table), index);
-  if constexpr (kBits == 8) {  // an index beyond the 64 entries leaves what is there
-    found = vqtbx4q_u8(found, vld1q_u8_x4(table + 64), vsubq_u8(index, vdupq_n_u8(64)));
+  // An index beyond the 64 entries leaves what is there.
+  if constexpr (kBits >= 7) found = vqtbx4q_u8(found, vld1q_u8_x4(table + 64), vsubq_u8(index, vdupq_n_u8(64)));
+  if constexpr (kBits == 8) {
     found = vqtbx4q_u8(found, vld1q_u8_x4(table + 128), vsubq_u8(index, vdupq_n_u8(128)));
     found = vqtbx4q_u8(found, vld1q_u8_x4(table + 192), vsubq_u8(index, vdupq_n_u8(192)));
   }
   return (ByteVec)found;
 #else
   ByteVec found;
-  for (int i = 0; i < kCodes; ++i) found[i] = table[codes[i]];  // repeated: 256 entries whatever kBits
+  for (int i = 0; i < kCodes; ++i) found[i] = table[codes[i] & ((1 << kBits) - 1)];
   return found;
 #endif
 }
@@ -163,17 +165,29 @@ TQ_INLINE void join(WordVec upper, [[maybe_unused]] WordVec lower, FloatVec* out
   out[1] = (FloatVec)odd;
 }
 
-// Codes to levels, over the codebook's scale: half kHalf of the codes to two vectors, in the order of kOrder below.
+#if defined(TQ_ISA_AVX2)
+constexpr int kFoldedBits = 6;  // from so many bits on, half a look-up is worth the folding
+#else
+constexpr int kFoldedBits = 8;
+#endif
+
+// Codes to levels, over the table's factor: half kHalf of the codes to two vectors, in the order of kOrder below.
 template <int kBits, int kBytesOfLevel, int kHalf>
 TQ_INLINE void levels_of(const LevelTable& table, ByteVec codes, FloatVec* out) {
-  const auto zip = [](ByteVec a, ByteVec b) TQ_LAMBDA_INLINE { return kHalf == 0 ? zip_low(a, b) : zip_high(a, b); };
-  const WordVec upper = zip(look_up<kBits>(table.bytes[2], codes), look_up<kBits>(table.bytes[3], codes));
-  WordVec lower = {};
-  if constexpr (kBytesOfLevel > 2) {
-    ByteVec lowest = {};
-    if constexpr (kBytesOfLevel > 3) lowest = look_up<kBits>(table.bytes[0], codes);
-    lower = zip(lowest, look_up<kBits>(table.bytes[1], codes));
+  // Integer codebooks are symmetric: the lower half of the codes has the upper half's levels, mirrored and negative.
+  constexpr bool kIsFolded = kBytesOfLevel < 4 && kBits >= kFoldedBits;
+  constexpr int kLookUpBits = kIsFolded ? kBits - 1 : kBits;
+  constexpr uint8_t kFirst = kIsFolded ? 1 << kLookUpBits : 0, kMirror = kIsFolded ? kFirst - 1 : 0;
+  ByteVec is_negative = {};
+  if constexpr (kIsFolded) {
+    is_negative = (ByteVec)((codes & kFirst) == 0);
+    codes ^= is_negative & kMirror;
   }
+  const auto byte = [&](int b) TQ_LAMBDA_INLINE { return look_up<kLookUpBits>(table.bytes[b] + kFirst, codes); };
+  const auto zip = [](ByteVec a, ByteVec b) TQ_LAMBDA_INLINE { return kHalf == 0 ? zip_low(a, b) : zip_high(a, b); };
+  const WordVec upper = zip(byte(2), byte(3) ^ (is_negative & 0x80));
+  WordVec lower = {};
+  if constexpr (kBytesOfLevel > 2) lower = zip(kBytesOfLevel > 3 ? byte(0) : ByteVec{}, byte(1));
   join<kBytesOfLevel>(upper, lower, out);
 }
 
