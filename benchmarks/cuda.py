@@ -180,6 +180,14 @@ def measure(case: Case, formats: list[str], speed: float, rounds: int, with_step
     return rows
 
 
+def as_json(result: dict[str, Any]) -> str:
+    """A line a row, numbers to four digits."""
+    short = [{k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in row.items()} for row in result["rows"]]
+    lines = ",\n".join(json.dumps(row) for row in short)
+    head = json.dumps({k: x for k, x in result.items() if k != "rows"})
+    return f'{head[:-1]}, "rows": [\n{lines}\n]}}\n'
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
@@ -233,7 +241,7 @@ def main() -> None:
             rows.append(row)
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "read_speed": speed, "rows": rows}
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.json.write_text(as_json(result))
     if arguments.plot:
         plot(rows, arguments.plot)
 
