@@ -51,7 +51,8 @@ check-sdk: $(INSTALLED)
 check-cuda: $(INSTALLED)
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    $(BIN)/python -m pytest -p no:cacheprovider -k cuda tests/test_kernels.py || exit 1; \
+	    $(BIN)/python -m pytest -p no:cacheprovider -k 'cuda and (test_kernels or half_precision)' \
+	      tests/test_kernels.py tests/test_cuda.py || exit 1; \
 	done
 
 lint: $(INSTALLED)

@@ -49,8 +49,11 @@ def filled_caches(case: Case, formats: str, copies: int, device: str, dtype: tor
     return [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
 
 
-def write_json(path: Path, **result: Any) -> None:
-    path.write_text(json.dumps(result, indent=1) + "\n")
+def write_json(path: Path, rows: list[Row], **settings: Any) -> None:
+    """A line a row, numbers to four digits."""
+    short = [{k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in row.items()} for row in rows]
+    lines = ",\n".join(json.dumps(row) for row in short)
+    path.write_text(f'{json.dumps(settings)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
 def plot(rows: list[Row], path: Path, emphasised: str) -> None:

@@ -5,12 +5,13 @@
 Each contestant is captured in a CUDA graph that goes through enough caches that none of it is in the L2 when its turn
 comes again; the graphs take turns. Times are microseconds a call: the attention and the merging of its parts. "limit"
 is the time of its bytes, codes, norms and means, at the speed at which this machine reads a large tensor in the same
-run; "share" is how much of the time that is.
+run; "share" is how much of the time that is. A "step" stores a token and attends; a "coding step" also codes the block
+that was full before it.
 """
 
 import argparse
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,21 @@ def attention_call(case: Case, caches: list[tq.KVCache]) -> Call:
     return lambda i: tq.attention(q, caches[i])
 
 
-def step_call(case: Case, caches: list[tq.KVCache]) -> Call:
-    """decode_step_: store a token and attend. A captured step stores at the same position each time."""
+def step_call(case: Case, caches: list[tq.KVCache], codes_a_block: bool) -> Call:
+    """decode_step_: store a token and attend, each time at the same position.
+
+    The caches must be one token short of a whole block, or have one that waits for the next token to be coded.
+    """
+    held = [(cache._length, cache._coded) for cache in caches]
     q = torch.randn(case.batch, case.heads, 1, case.head_dim, device="cuda", dtype=torch.float16)
     k, v = torch.randn(2, case.batch, case.kv_heads, 1, case.head_dim, device="cuda", dtype=torch.float16)
-    return lambda i: caches[i].step(q, k, v)
+
+    def call(i: int) -> None:
+        caches[i]._length, caches[i]._coded = held[i]
+        caches[i].step(q, k, v)
+        assert (caches[i]._coded != held[i][1]) == codes_a_block
+
+    return call
 
 
 def read_speed() -> float:
@@ -124,8 +135,10 @@ def measure(case: Case, formats: list[str], speed: float, rounds: int, with_step
         copies = max(2, int(2.5 * l2 / nbytes) + 1)
         caches = filled_caches(case, pair, copies, "cuda", torch.float16)
         add(pair, run({"": attention_call(case, caches)}, copies)[""], nbytes)
-        if with_step:
-            add(f"{pair} step", run({"": step_call(case, caches)}, copies)[""], nbytes)
+        if with_step and not all(name == "f16" for name in pair.split("/")):
+            for name, tokens in (("step", case.context - 1), ("coding step", case.context)):
+                steps = filled_caches(replace(case, context=tokens), pair, copies, "cuda", torch.float16)
+                add(f"{pair} {name}", run({"": step_call(case, steps, tokens == case.context)}, copies)[""], nbytes)
         del caches
         torch.cuda.empty_cache()
     return rows
@@ -152,18 +165,19 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, reads {speed / 1e12:.2f} TB/s")
     rows: list[Row] = []
     for case in cases:
-        print(f"\n{case}\n{'':14}{'µs':>9}{'SDPA / it':>11}{'limit µs':>10}{'share':>8}")
+        print(f"\n{case}\n{'':20}{'µs':>9}{'SDPA / it':>11}{'limit µs':>10}{'share':>8}{'MiB':>9}")
         is_short = case.context == 1024
         for row in measure(case, list(arguments.formats), speed, arguments.rounds, is_short):
             form = f"  {row['form']}" if "form" in row else ""
             print(
-                f"{row['name']:14}{row['us']:9.1f}{row['ratio']:11.2f}{row['limit_us']:10.1f}{row['share']:8.0%}{form}",
+                f"{row['name']:20}{row['us']:9.1f}{row['ratio']:11.2f}{row['limit_us']:10.1f}{row['share']:8.0%}"
+                f"{row['bytes'] / 2**20:9.1f}{form}",
                 flush=True,
             )
             rows.append(row)
-    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "read_speed": speed, "rows": rows}
     if arguments.json:
-        write_json(arguments.json, **result)
+        device = torch.cuda.get_device_name()
+        write_json(arguments.json, rows, device=device, torch=torch.__version__, read_speed=speed)
     if arguments.plot:
         same = [row for row in rows if (row["batch"], row["q_len"], row["heads"], row["kv_heads"]) == (1, 1, 32, 8)]
         plot([row for row in same if not row["name"].endswith("step")], arguments.plot, emphasised=SDPA)

@@ -1,8 +1,8 @@
 """A Metal shader as CUDA C++ for NVRTC: csrc/cuda/metal_stdlib.h, then the shader with new signatures of its kernels.
 
 A kernel takes its buffers in their order and then the grid: `constant T&` by value, other buffers as pointers. What
-Metal hands to a thread is computed from CUDA's indices. Blocks are counted in one dimension, because CUDA's others end
-at 65535.
+Metal hands to a thread is computed from CUDA's indices. Blocks are counted in one dimension where the others would be
+longer than CUDA's, which end at 65535.
 """
 
 import re
@@ -15,10 +15,14 @@ METAL_STDLIB = Path(__file__).resolve().parents[1] / "torch_tqattn" / "csrc" / "
 _GROUP = "threadgroup_position_in_grid"
 _BUILTINS = {
     (_GROUP, "uint"): "blockIdx.x",
-    (_GROUP, "uint3"): "make_uint3(blockIdx.x % grid.x, blockIdx.x / grid.x % grid.y, blockIdx.x / grid.x / grid.y)",
+    (_GROUP, "uint3"): (
+        "gridDim.x == grid.x ? make_uint3(blockIdx.x, blockIdx.y, blockIdx.z) : "
+        "make_uint3(blockIdx.x % grid.x, blockIdx.x / grid.x % grid.y, blockIdx.x / grid.x / grid.y)"
+    ),
     ("thread_index_in_threadgroup", "uint"): "threadIdx.x",
     ("thread_index_in_simdgroup", "uint"): "threadIdx.x % 32",
-    ("simdgroup_index_in_threadgroup", "uint"): "threadIdx.x / 32",
+    # The same in all lanes, which the compiler does not see by itself.
+    ("simdgroup_index_in_threadgroup", "uint"): "__shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0)",
     ("simdgroups_per_threadgroup", "uint"): "blockDim.x / 32",
 }
 

@@ -40,6 +40,12 @@ def table_entries(storage: fmt.Format) -> int:
     return 256 if storage.bits <= 4 else 1 << storage.bits
 
 
+def is_whole(cache: tq.KVCache) -> bool:
+    """As csrc/gpu/plan.cpp says."""
+    config = cache.config
+    return config.slots % 16 == 0 and config.block % 16 == 0 and config.formats[1].is_coded
+
+
 def attend_matrix(
     cache: tq.KVCache,
     q: Tensor,
@@ -49,11 +55,12 @@ def attend_matrix(
     simdgroups: int = 2,
     softcap: float = 0.0,
     mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     mode: str = "plain",
     seed: int = 0,
     shader: Path = SHADER,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse, as tq.attention: the kernel's parts, merged here."""
+    """out and lse, as tq.attention: the kernel's parts, merged here; if it has all positions, its own results."""
     config = cache.config
     batch, heads, tokens, head_dim = q.shape
     sides = (cache._k, cache._v)
@@ -65,6 +72,8 @@ def attend_matrix(
         "TQ_EXACT_LEVELS": 0,
         "TQ_INPUT": TYPES[q.dtype],
         "TQ_QUERIES": queries,
+        "TQ_OUTPUT": "float",
+        "TQ_WHOLE": int(is_whole(cache)),
     }
     library = Library(compile_shader(shader, macros, mode))
     rows = tokens * heads // config.num_kv_heads
@@ -77,22 +86,35 @@ def attend_matrix(
     ends = (batch, int(cache._starts is not None), 0, 1)
     params = np.array(numbers, np.uint32).tobytes() + np.array([head_dim**-0.5, softcap], np.float32).tobytes()
     params += np.array(ends, np.uint32).tobytes() + np.array(factors, np.float32).tobytes()
+    slots = sides[0].codes.shape[2]
+    mean_ring = slots // config.block if config.block else 1
+    tiles = -(-rows // queries)
+    params += np.array(
+        (heads // config.num_kv_heads, tiles, cache._begin(tokens) % slots, mean_ring), np.uint32
+    ).tobytes()
     partials = torch.full((batch * heads * tokens * splits * (head_dim + 2),), math.nan)
     nothing = np.zeros(16, np.uint8)
     buffers: list[Any] = [q.contiguous()]
     for side in sides:
         buffers += [nothing if x is None else x for x in (side.codes, side.norms, side.means, side.tail)]
     buffers += [nothing if mask is None else mask.contiguous(), nothing if cache._starts is None else cache._starts]
-    buffers += [nothing, partials, params]
+    is_finished = splits == 1
+    out, lse = torch.full((*q.shape,), math.nan), torch.full(q.shape[:3], math.nan)
+    finish = np.array((is_finished, sinks is not None, 1, 1), np.uint32).tobytes()
+    buffers += [nothing, partials, params, nothing if sinks is None else sinks, out, lse, finish]
     entries = max(table_entries(storage) for storage in config.formats)
-    memory = max(entries * 256 + queries * (head_dim + 16) * 4, simdgroups * queries * (head_dim + 6) * 4)
+    first = entries * 256 + queries * (head_dim // 2 + 17) * 4
+    memory = max(first, (simdgroups + 1) * queries * (head_dim + 6) * 4)
     library.kernel("tq_attend_matrix").dispatch(
         buffers,
         [memory],
-        grid=(splits, config.num_kv_heads * -(-rows // queries), batch),
+        grid=(splits, config.num_kv_heads * tiles, batch),
         threads=(32 * simdgroups, 1, 1),
         seed=seed,
     )
+    if is_finished:
+        return out, lse
+    assert sinks is None
     count = batch * heads * tokens * splits
     sums, scales = partials[: count * head_dim].view(-1, splits, head_dim), partials[count * head_dim :]
     total, largest = scales.view(-1, splits, 2).unbind(-1)
@@ -105,10 +127,20 @@ def attend_matrix(
     return back, lse.reshape(batch, heads, tokens)
 
 
-def check(cache: tq.KVCache, q: Tensor, *, mask: Tensor | None = None, softcap: float = 0.0, **options: Any) -> None:
+def check(
+    cache: tq.KVCache,
+    q: Tensor,
+    *,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+    **options: Any,
+) -> None:
     """The kernel's error is that of rounding the rotated queries and the weights to half precision."""
-    out, lse = attend_matrix(cache, q, mask=mask, softcap=softcap, **options)
-    expected, expected_lse = tq.attention(q.float(), cache, attn_mask=mask, softcap=softcap, return_lse=True)
+    out, lse = attend_matrix(cache, q, mask=mask, sinks=sinks, softcap=softcap, **options)
+    expected, expected_lse = tq.attention(
+        q.float(), cache, attn_mask=mask, sinks=sinks, softcap=softcap, return_lse=True
+    )
     seen = expected_lse > -math.inf
     assert torch.equal(lse > -math.inf, seen)
     assert (lse - expected_lse)[seen].abs().max() <= 4e-3
@@ -195,6 +227,34 @@ def test_softcap() -> None:
     check(cache, queries_for(cache), softcap=5.0)
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_one_part(head_dim: int) -> None:
+    """The kernel also does what reduce.metal does."""
+    cache = filled("tq4", "tq8", head_dim, 100, 2)
+    for heads, tokens in ((2, 1), (12, 3)):
+        q = queries_for(cache, heads, tokens)
+        check(cache, q, splits=1, simdgroups=3)
+        check(cache, q, splits=1, queries=16, sinks=torch.randn(heads) + 4)
+    # Nothing is seen: what has a weight is the sink, if there is one.
+    mask, sinks = torch.zeros(2, 1, 100, dtype=torch.bool), torch.randn(heads)
+    out, lse = attend_matrix(cache, q, splits=1, mask=mask)
+    assert (out == 0).all()
+    assert lse.isneginf().all()
+    out, lse = attend_matrix(cache, q, splits=1, mask=mask, sinks=sinks)
+    assert (out == 0).all()
+    torch.testing.assert_close(lse, sinks[:, None].expand(2, -1, tokens))
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 128])
+def test_many_blocks(block_size: int) -> None:
+    """More than a tile of means."""
+    cache = filled("tq4", "tq4", 64, 40 * block_size // 2 + 7, block_size=block_size)
+    for splits in (1, 3):
+        check(cache, queries_for(cache, 6, 2), splits=splits, simdgroups=1)
+    cache = filled("tq8", "tq6", 64, 2000, block_size=block_size, window=1000)  # a ring, which has turned round
+    check(cache, queries_for(cache, 6, 2), splits=1)
+
+
 @pytest.mark.parametrize("size", [1e-4, 1e3, 3e4])
 def test_sizes(size: float) -> None:
     """Neither queries nor values have to be near 1: weights are kept relative to the values' norms."""
@@ -235,12 +295,12 @@ def test_with_checks(k_format: str, v_format: str, head_dim: int, queries: int, 
         check(cache, q, queries=queries, mode=mode, seed=seed, simdgroups=3)
 
 
-@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("index", range(4))
 def test_a_missing_barrier_is_noticed(index: int, tmp_path: Path) -> None:
     shutil.copytree(source.SHADERS, tmp_path, dirs_exist_ok=True)
     shader = tmp_path / SHADER.name
     shader.write_text(source.without_barrier(shader.read_text(), index))
     cache = filled("tq4", "tq4", 64, 400)
     with pytest.raises(KernelError, match=r"race|nobody has written"):
-        attend_matrix(cache, queries_for(cache), mode="race", shader=shader, simdgroups=8)
-    assert len(source.barriers(SHADER.read_text())) == 3
+        attend_matrix(cache, queries_for(cache), mode="race", shader=shader, simdgroups=8, splits=1)
+    assert len(source.barriers(SHADER.read_text())) == 4

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from oracle import float32_bound, relative_error
 from stores import clone, empty_stores
+from test_kernels import BATCH, KV_HEADS, SAMPLES, Sample, encode_on_both
 from torch import Tensor
 
 import torch_tqattn as tq
@@ -49,6 +51,45 @@ def test_the_kernels_run_not_the_reference() -> None:
         tqattn.rotate(x, False)
         torch.cuda.synchronize()
     assert "tq_rotate_rows" in {event.name for event in profile.events()}
+
+
+# Queries in half precision, which another kernel serves
+
+
+def check_half_queries(q: Tensor, options: dict[str, Any], cpu: tq.KVCache, gpu: tq.KVCache) -> None:
+    expected, expected_lse = tq.attention(q.float(), cpu, return_lse=True, **options)
+    moved = {name: x.to(gpu.device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    out, lse = tq.attention(q.to(gpu.device), gpu, return_lse=True, **moved)
+    out, lse = out.to(expected.device), lse.to(expected.device)
+    seen = expected_lse.isfinite()
+    assert torch.equal(lse.isneginf(), expected_lse.isneginf())
+    assert (lse - expected_lse)[seen].abs().max() < 4e-3
+    # Of the rotated queries and the weights, which are rounded to half precision, and of the result.
+    error = (out.float() - expected)[seen].norm(dim=-1) / expected[seen].norm(dim=-1)
+    assert error.max() < 2e-3 + torch.finfo(q.dtype).eps / 2
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.head_dim % 64 == 0 and s.head_dim <= 256], ids=str)
+def test_half_precision_queries(sample: Sample) -> None:
+    cpu, on_gpu = encode_on_both(sample, "cuda")
+    on_gpu.load_state_dict(cpu.state_dict())
+    for heads, queries, dtype in ((KV_HEADS, 1, torch.half), (3 * KV_HEADS, 5, torch.bfloat16)):
+        seen = len(cpu) if cpu.config.window is None else cpu._length - cpu._begin(queries)
+        q = torch.randn(BATCH, heads, queries, sample.head_dim).to(dtype)
+        check_half_queries(q, sample.attention_options(queries, heads, seen), cpu, on_gpu)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("tokens", [1000, 5000, 40_000])
+def test_half_precision_queries_of_long_caches(head_dim: int, tokens: int) -> None:
+    """One part, several, and as many as the device takes, against the float32 kernel."""
+    k, v = torch.randn(2, 1, 2, tokens, head_dim, device="cuda")
+    for formats in (("tq4", "tq4"), ("tq8", "tq4"), ("f16", "tq8")):
+        cache = tq.KVCache(1, 2, head_dim, tokens, *formats, device="cuda")
+        cache.append(k + 0.5, v + 0.5)
+        for heads, queries in ((8, 1), (8, 4)):
+            q = torch.randn(1, heads, queries, head_dim, device="cuda", dtype=torch.half)
+            check_half_queries(q, {"sinks": torch.randn(heads, device="cuda")}, cache, cache)
 
 
 # Streams and threads

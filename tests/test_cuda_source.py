@@ -31,6 +31,15 @@ def test_more_of_its_specialisations_compile(path: source.Path) -> None:
     check_compiles(path, USUAL, 2)
 
 
+@pytest.mark.parametrize("path", SHADERS, ids=lambda path: path.stem)
+def test_every_kernel_waits_for_those_ahead_of_it(path: source.Path) -> None:
+    """csrc/cuda/launch.cpp lets it start before they have ended."""
+    text = flatten(path)
+    found = source.kernels(text)
+    for kernel, following in zip(found, [*found[1:], None], strict=True):
+        assert "tq_wait_for_earlier_kernels();" in text[kernel.body : following.start if following else None]
+
+
 KERNEL = """#include <metal_stdlib>
 using namespace metal;
 kernel void f(device float* y [[buffer(0)]],

@@ -113,9 +113,14 @@ MUTATIONS = [
     ),
     Mutation("sinks are not kept", _ENCODE, "if (is_there && is_sink) tq_store_half", "if (false) tq_store_half"),
     Mutation(
-        "the sink's logit is left out", _REDUCE, "if (params.has_sinks != 0) state.sum +=", "if (false) state.sum +="
+        "the sink's logit is left out", _REDUCE, "if (finish.has_sinks != 0) state.sum +=", "if (false) state.sum +="
     ),
-    Mutation("the log-sum-exp is without its largest logit", _REDUCE, "state.largest + precise::log", "precise::log"),
+    Mutation(
+        "the log-sum-exp is without its largest logit",
+        "shaders/finish.h",
+        "state.largest + precise::log",
+        "precise::log",
+    ),
     Mutation(
         "one lane group's parts alone are merged",
         _REDUCE,
@@ -150,9 +155,7 @@ MUTATIONS = [
         "queries * static_cast<uint32_t>(call.q.size(3) + 2);",
         "queries * static_cast<uint32_t>(call.q.size(3) + 2) - 4;",
     ),
-    Mutation(
-        "threadgroup memory of encoding is short", _PLAN, "kSimdgroups * (head_dim + 1)", "kSimdgroups * head_dim"
-    ),
+    Mutation("threadgroup memory of encoding is short", _PLAN, "simdgroups * (head_dim + 1)", "simdgroups * head_dim"),
     Mutation(
         "the last rows have no threadgroup", _PLAN, "(count + size - 1) / size", "std::max(count / size, int64_t{1})"
     ),

@@ -45,11 +45,15 @@ def specialisations(shader: str) -> list[Macros]:
     head_dims = [{"TQ_HEAD_DIM": d} for d in fmt.HEAD_DIMS]
     matrices = [m for m in _stores() if m["TQ_HEAD_DIM"] in MATRIX_HEAD_DIMS]
     known = {
-        "attend_matrix.metal": _with(_with(matrices, "TQ_INPUT", INPUTS[1:]), "TQ_QUERIES", MATRIX_QUERIES),
+        "attend_matrix.metal": _with(
+            _with(_with(_with(matrices, "TQ_INPUT", INPUTS[1:]), "TQ_QUERIES", MATRIX_QUERIES), "TQ_OUTPUT", INPUTS),
+            "TQ_WHOLE",
+            (1, 1, 0),
+        ),
         "attend.metal": _with(_with(_stores(), "TQ_INPUT", INPUTS), "TQ_QUERIES", QUERIES),
         "decode.metal": _stores(),
         "encode.metal": _with(_stores(), "TQ_INPUT", INPUTS),
-        "reduce.metal": [{**d, "TQ_OUTPUT": t} for d, t in product(head_dims, INPUTS)],
+        "reduce.metal": _with([{**d, "TQ_OUTPUT": t} for d, t in product(head_dims, INPUTS)], "TQ_WIDE", (1, 0)),
         "rotate.metal": [{**d, "TQ_INPUT": t} for d, t in product(head_dims, INPUTS)],
     }
     if shader not in known:

@@ -11,6 +11,7 @@
 #include <metal_stdlib>
 using namespace metal;
 
+#include "order.h"
 #include "params.h"
 #include "state.h"
 #include "store.h"
@@ -175,6 +176,7 @@ kernel void tq_attend(device const TQ_INPUT* q [[buffer(0)]], device const uchar
                       threadgroup float* scratch [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
                       uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                       uint simdgroups [[simdgroups_per_threadgroup]]) {
+  tq_wait_for_earlier_kernels();
   const uint heads_per_kv = params.num_heads / params.num_kv_heads;
   const uint rows = params.q_len * heads_per_kv;
   const uint tiles = (rows + TQ_QUERIES - 1) / TQ_QUERIES;

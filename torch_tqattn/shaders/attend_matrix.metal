@@ -7,10 +7,15 @@
 // Weights have their value's norm in them, and are kept relative to the largest with its norm so far, so that none
 // leaves half precision.
 //
-// Specialised as attend.metal, but TQ_QUERIES is 8 or 16.
+// Where one threadgroup has all positions of its queries, it also does what reduce.metal does.
+//
+// Specialised as attend.metal, but TQ_QUERIES is 8 or 16; and by
+// TQ_OUTPUT, and TQ_WHOLE: whether the store, and blocks, if there are any, are cut into whole tiles.
 #include <metal_stdlib>
 using namespace metal;
 
+#include "finish.h"
+#include "order.h"
 #include "params.h"
 #include "state.h"
 #include "tile.h"
@@ -22,13 +27,14 @@ using namespace metal;
 
 #define TQ_STEPS (TQ_HEAD_DIM / 16)  // products for the logits of 8 queries, or for their output
 #define TQ_HALVES (TQ_QUERIES / 8)
-// Of a lane's share of a query in threadgroup memory, so that lanes read from different banks; and of a query, with the
-// largest of its numbers.
-#define TQ_SHARE_STRIDE (TQ_HEAD_DIM / 4 + 4)
-#define TQ_QUERY_STRIDE (TQ_HEAD_DIM + 16)
+// Of a lane's share of a query in threadgroup memory, in pairs of numbers, and of a query: lanes read from different
+// banks.
+#define TQ_SHARE_STRIDE (TQ_HEAD_DIM / 8 + 4)
+#define TQ_QUERY_STRIDE (TQ_SHARES * TQ_SHARE_STRIDE)
 #define TQ_SUMS_STRIDE (TQ_HEAD_DIM + 4)  // of a query's sums in threadgroup memory: lanes write to different banks
 #define TQ_THREADS TQ_MATRIX_THREADS(TQ_HEAD_DIM, TQ_QUERIES)
 #define TQ_LOG2_E 1.44269504f
+#define TQ_NO_BLOCK 0x20000000  // positions of the only block, if there are none
 #define TQ_LEAST_NORM 1.0e-20f  // relative to which weights are kept: a value may be zero
 
 // What a lane has of the queries: of query tq_column(lane) of each half its numbers, rotated and divided by a power of
@@ -36,11 +42,8 @@ using namespace metal;
 struct TqQueries {
   uint q[TQ_HALVES][TQ_STEPS][2];  // right-hand matrices
   float factor[TQ_HALVES][2];      // what a logit is multiplied with
-  int begin[TQ_HALVES][2];         // the positions that each may see
-  int end[TQ_HALVES][2];
-  uint mask_row[TQ_HALVES][2];
-  int all_begin;  // the positions that all may see, if there is no mask
-  int all_end;
+  int open_begin;                  // the positions at which nothing has to be looked at, if there are any
+  int open_end;
 };
 
 // What has been gathered for queries 2 s and 2 s + 1 of each half, in units of 2^largest: the weights' sum, as far as
@@ -51,10 +54,26 @@ struct TqGathered {
   float out[TQ_HALVES][TQ_STEPS][4];
 };
 
-// For two queries of the lane's share, what the lanes of their columns have.
-static inline void tq_across_columns(uint lane, float x, thread float (&pair)[2]) {
-#pragma unroll
-  for (uint i = 0; i < 2; ++i) pair[i] = simd_shuffle(x, ushort((2 * tq_share(lane) + i) * TQ_SHARES));
+// The means of a head's blocks: a ring of rows, and which of them a walk begins with.
+struct TqMeans {
+  device const half* k;
+  device const half* v;
+  uint ring;
+  uint first;
+  int first_end;  // where that block ends
+};
+
+// The token of a query row of a KV head: its rows are counted token by token, the heads of its group in each. What is
+// left of the last tile of rows computes the last row again, and keeps it to itself.
+static inline uint tq_token(constant TqAttendParams& params, uint row) {
+  return params.q_len == 1 ? 0 : min(row, params.q_len * params.heads_per_kv - 1) / params.heads_per_kv;
+}
+
+// Which row of q and of the results it is.
+static inline ulong tq_query(constant TqAttendParams& params, uint batch, uint kv_head, uint row) {
+  const uint used = min(row, params.q_len * params.heads_per_kv - 1), token = tq_token(params, row);
+  const uint head = kv_head * params.heads_per_kv + used - token * params.heads_per_kv;
+  return (ulong(batch) * params.num_heads + head) * params.q_len + token;
 }
 
 static inline float tq_max_of_columns(float x) {
@@ -69,27 +88,149 @@ static inline float tq_sum_of_columns(float x) {
   return x;
 }
 
-// What hides single positions of a tile from single queries.
-static inline void tq_hide(thread const TqQueries& queries, device const uchar* mask, constant TqAttendParams& params,
-                           uint lane, thread const TqTile& tile, uint h, thread float (&logits)[4]) {
+// Where a sequence's first token is, and where its last one ends.
+static inline int tq_first(constant TqAttendParams& params, device const int* starts, uint batch) {
+  return params.has_starts != 0 ? max(starts[batch], 0) : 0;
+}
+
+static inline int tq_length(constant TqAttendParams& params, device const int* lengths, uint batch) {
+  const int length = int(params.length);
+  return params.has_lengths != 0 ? clamp(lengths[batch], 0, length) : length;
+}
+
+// What of the arguments and of its place in the grid a threadgroup needs to hide positions: found again where it is
+// used, so that no registers hold it.
+struct TqPlace {
+  device const uchar* mask;
+  device const int* starts;
+  device const int* lengths;
+  uint batch;
+  uint first_row;
+};
+
+// What is not done to most tiles: the soft cap, and hiding positions from queries: sinks, which are elsewhere,
+// positions from `end` on, and those that a query may not see.
+template <bool is_coded>
+static inline void tq_hide(thread const TqPlace& place, constant TqAttendParams& params, uint lane, int tile_begin,
+                           int end, thread float (&v_norm)[2], thread float (&logits)[TQ_HALVES][4]) {
+  const int first = tq_first(params, place.starts, place.batch);
+  const int length = tq_length(params, place.lengths, place.batch);
+  const int begin = is_coded && TQ_TAIL ? first + int(params.sink_length) : tile_begin;
 #pragma unroll
-  for (uint i = 0; i < 4; ++i) {
-    const int position = tile.begin + int(tq_column(lane) + i / 2 * 8);
-    bool is_visible = position < tile.end && position >= queries.begin[h][i % 2] && position < queries.end[h][i % 2];
-    if (is_visible && params.mask_batch != 0) {
-      const ulong row = ulong(queries.mask_row[h][i % 2]) * (params.length - params.start);
-      is_visible = mask[row + uint(position - int(params.start))] != 0;
+  for (uint j = 0; j < 2; ++j) {
+    const int position = tile_begin + int(tq_column(lane) + 8 * j);
+    const bool is_there = position >= begin && position < end;
+    bool is_of_use = false;
+#pragma unroll
+    for (uint h = 0; h < TQ_HALVES; ++h) {
+#pragma unroll
+      for (uint i = 0; i < 2; ++i) {
+        const uint token = tq_token(params, place.first_row + 8 * h + 2 * tq_share(lane) + i);
+        const TqVisible seen = tq_visible(params, place.batch, first, length, token);
+        bool is_visible = is_there && position >= seen.begin && position < seen.end;
+        if (is_visible && params.mask_batch != 0) {
+          const ulong mask_row = ulong(seen.mask_row) * (params.length - params.start);
+          is_visible = place.mask[mask_row + uint(position - int(params.start))] != 0;
+        }
+        thread float& logit = logits[h][2 * j + i];
+        if (params.softcap > 0.0f) logit = params.softcap * TQ_LOG2_E * precise::tanh(logit);
+        if (!is_visible) logit = -INFINITY;
+        is_of_use = is_of_use || is_visible;
+      }
     }
-    if (!is_visible) logits[i] = -INFINITY;
+    if (!is_of_use) v_norm[j] = 0.0f;  // it might be none, and times no weight still be none
+  }
+}
+
+// products += keys * queries, in two sums that need not wait for each other.
+template <uint bits, uint low, uint high>
+static inline void tq_add_products(thread const TqQueries& queries, thread const TqKeyPiece<low, high> (&keys)[2],
+                                   threadgroup const uint* table, uint lane,
+                                   thread float (&products)[TQ_HALVES][2][4]) {
+#pragma unroll
+  for (uint h = 0; h < TQ_HALVES; ++h) {
+#pragma unroll
+    for (uint i = 0; i < 4; ++i) {
+      products[h][0][i] = 0.0f;
+      products[h][1][i] = 0.0f;
+    }
+  }
+#pragma unroll
+  for (uint eight = 0; eight < TQ_STEPS / 2; ++eight) {
+    uint first[4], second[4];
+    tq_pairs<bits>(keys[0], eight, table, lane, first);
+    tq_pairs<bits>(keys[1], eight, table, lane, second);
+#pragma unroll
+    for (uint j = 0; j < 2; ++j) {
+      const uint left[4] = {first[2 * j], second[2 * j], first[2 * j + 1], second[2 * j + 1]};
+#pragma unroll
+      for (uint h = 0; h < TQ_HALVES; ++h) tq_multiply(lane, left, queries.q[h][2 * eight + j], products[h][j]);
+    }
+  }
+}
+
+// The left matrices of values from number 8 * eight on, for four steps.
+template <uint bits, uint low, uint high>
+static inline void tq_left_of_values(thread const TqValuePiece<low, high> (&values)[4], uint eight,
+                                     threadgroup const uint* table, uint lane, thread uint (&left)[4][4]) {
+#pragma unroll
+  for (uint i = 0; i < 2; ++i) {
+    uint even[4], odd[4];
+    tq_across<bits>(values[2 * i], values[2 * i + 1], eight, table, lane, even, odd);
+#pragma unroll
+    for (uint j = 0; j < 4; ++j) {
+      left[j][2 * i] = even[j];
+      left[j][2 * i + 1] = odd[j];
+    }
+  }
+}
+
+// The logits of a mean, which stands in all rows of the left matrices.
+static inline void tq_add_mean_logits(thread const TqQueries& queries, device const half* mean, uint lane,
+                                      thread float (&mean_logit)[TQ_HALVES][2]) {
+  TqKeyPiece<16, 0> piece;
+  tq_read_piece(tq_bytes(mean), 0, 0, tq_share(lane), TQ_SHARES, piece);
+#pragma unroll
+  for (uint h = 0; h < TQ_HALVES; ++h) {
+    float product[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (uint step = 0; step < TQ_STEPS; ++step) {
+      const uint first = piece.low_words[2 * step], second = piece.low_words[2 * step + 1];
+      const uint left[4] = {first, first, second, second};
+      tq_multiply(lane, left, queries.q[h][step], product);
+    }
+#pragma unroll
+    for (uint i = 0; i < 2; ++i) mean_logit[h][i] = product[i] * queries.factor[h][i];
+  }
+}
+
+// Adds a block's mean as often as its positions have weight.
+static inline void tq_add_mean(device const half* mean, uint lane, thread float (&block_weight)[TQ_HALVES][2],
+                               thread TqGathered& gathered) {
+  TqValuePiece<16, 0> piece;
+  tq_read_piece(tq_bytes(mean), 0, 0, tq_column(lane), TQ_COLUMNS, piece);
+#pragma unroll
+  for (uint h = 0; h < TQ_HALVES; ++h) {
+    float weight[2];
+#pragma unroll
+    for (uint i = 0; i < 2; ++i) weight[i] = tq_sum_of_columns(block_weight[h][i]);
+#pragma unroll
+    for (uint step = 0; step < TQ_STEPS; ++step) {
+#pragma unroll
+      for (uint i = 0; i < 4; ++i) {
+        const float number = tq_unpack(piece.low_words[step], i / 2);
+        gathered.out[h][step][i] = fma(weight[i % 2], number, gathered.out[h][step][i]);
+      }
+    }
   }
 }
 
 // Adds the positions from the tile that was read on, up to `end`.
-template <bool is_coded, uint k_bits, uint k_low, uint k_high, uint v_bits, uint v_low, uint v_high>
-static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<k_bits, k_low, k_high>& k,
-                           thread const TqRows<v_bits, v_low, v_high>& v, device const half* k_means,
-                           device const half* v_means, device const uchar* mask, threadgroup const uint* tables,
-                           constant TqAttendParams& params, uint lane, int end, int block_size,
+template <bool is_coded, uint k_bits, uint k_low, uint k_high, uint v_bits, uint v_low, uint v_high, bool is_whole>
+static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<k_bits, k_low, k_high, is_whole>& k,
+                           thread const TqRows<v_bits, v_low, v_high, is_whole>& v, thread const TqMeans& means,
+                           thread const TqPlace& place, threadgroup const uint* tables, constant TqAttendParams& params,
+                           uint lane, int end, int block_size,
                            thread TqAhead<k_bits, k_low, k_high, v_bits, v_low, v_high>& now,
                            thread TqGathered& gathered) {
   const bool has_k_means = is_coded && TQ_K_MEANS;
@@ -97,176 +238,123 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   const float k_factor = k_bits != 16 ? tq_level_scale<k_bits>() * params.k_norm_factor : 1.0f;
   const float v_factor = v_bits != 16 ? tq_level_scale<v_bits>() * params.v_norm_factor : 1.0f;
   threadgroup const uint* v_table = tables + (k_bits == v_bits ? 0 : TQ_SIMD_LANES);
-  float mean_logit[TQ_HALVES][2], block_weight[TQ_HALVES][2];
-  bool is_new_block = true;
+  const int open_end = min(queries.open_end, end);
+  uint mean = means.first;
+  int block_end = min(end, means.first_end);
   while (now.tile.begin < end) {
-    const TqTile tile = now.tile;
-    if (is_new_block) {
-      // A key's logit is that of its code and that of its block's mean, which stands in all rows.
-      is_new_block = false;
+    // A key's logit is that of its code and that of its block's mean.
+    float mean_logit[TQ_HALVES][2], block_weight[TQ_HALVES][2];
+#pragma unroll
+    for (uint h = 0; h < TQ_HALVES; ++h) {
+#pragma unroll
+      for (uint i = 0; i < 2; ++i) {
+        mean_logit[h][i] = 0.0f;
+        block_weight[h][i] = 0.0f;
+      }
+    }
+    if (has_k_means) tq_add_mean_logits(queries, means.k + mean * TQ_HEAD_DIM, lane, mean_logit);
+    const uint next_mean = mean + 1 == means.ring ? 0 : mean + 1;
+    if (has_k_means) tq_prefetch_mean(means.k + next_mean * TQ_HEAD_DIM, lane);
+    if (has_v_means) tq_prefetch_mean(means.v + next_mean * TQ_HEAD_DIM, lane);
+    while (now.tile.begin < block_end) {
+      float products[TQ_HALVES][2][4];
+      const TqTile tile = now.tile;
+      if (k_bits == 16) tq_read_keys(k, tile, lane, now.keys);
+      tq_add_products<k_bits>(queries, now.keys, tables, lane, products);
+      // What comes next; at the end this tile again, which is near.
+      const int next_end = tile.end == block_end ? min(end, block_end + block_size) : block_end;
+      TqTile next = tq_tile<is_whole>(tile.end, next_end, tile.row + uint(tile.end - tile.begin), k.ring);
+      const bool goes_on = next.begin < end;
+      TqTile ahead = next;
+      if (!goes_on) ahead = tile;
+      if (k_bits != 16) tq_read_keys(k, ahead, lane, now.keys);
+      const bool is_open =
+          tile.begin + TQ_TILE == tile.end && tile.begin >= queries.open_begin && tile.begin + TQ_TILE <= open_end;
+      float v_norm[2];
+#pragma unroll
+      for (uint i = 0; i < 2; ++i) v_norm[i] = v_bits != 16 ? now.v_norms[i] * v_factor : 1.0f;
+      float logits[TQ_HALVES][4];
 #pragma unroll
       for (uint h = 0; h < TQ_HALVES; ++h) {
 #pragma unroll
-        for (uint i = 0; i < 2; ++i) {
-          mean_logit[h][i] = 0.0f;
-          block_weight[h][i] = 0.0f;
+        for (uint i = 0; i < 4; ++i) {
+          const float product = products[h][0][i] + products[h][1][i];
+          const float factor = k_bits != 16 ? now.k_norms[i / 2] * k_factor : 1.0f;
+          logits[h][i] = fma(product, factor * queries.factor[h][i % 2], mean_logit[h][i % 2]);
         }
       }
-      if (has_k_means) {
-        TqKeyPiece<16, 0> mean;
-        tq_read_piece(reinterpret_cast<device const uchar*>(k_means + tile.row / params.block_size * TQ_HEAD_DIM),
-                      tq_share(lane), TQ_SHARES, mean);
+      if (!is_open) tq_hide<is_coded>(place, params, lane, tile.begin, min(tile.end, end), v_norm, logits);
+
+      float v_size[2];
 #pragma unroll
-        for (uint h = 0; h < TQ_HALVES; ++h) {
-          float product[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (uint i = 0; i < 2; ++i) v_size[i] = v_bits != 16 ? fast::log2(max(v_norm[i], TQ_LEAST_NORM)) : 0.0f;
+      uint weights[TQ_HALVES][2];
 #pragma unroll
-          for (uint step = 0; step < TQ_STEPS; ++step) {
-            const uint a = mean.low_words[2 * step], b = mean.low_words[2 * step + 1];
-            const uint left[4] = {a, a, b, b};
-            tq_multiply(lane, left, queries.q[h][step], product);
+      for (uint h = 0; h < TQ_HALVES; ++h) {
+        float largest[2];
+#pragma unroll
+        for (uint i = 0; i < 2; ++i) largest[i] = max(logits[h][i] + v_size[0], logits[h][2 + i] + v_size[1]);
+        if (simd_any(largest[0] > gathered.largest[h][0] || largest[1] > gathered.largest[h][1])) {
+          float decay[2];
+#pragma unroll
+          for (uint i = 0; i < 2; ++i) {
+            largest[i] = max(tq_max_of_columns(largest[i]), gathered.largest[h][i]);
+            decay[i] = fast::exp2(gathered.largest[h][i] - largest[i]);
+            gathered.largest[h][i] = largest[i];
+            gathered.sum[h][i] *= decay[i];
+            block_weight[h][i] *= decay[i];
           }
-#pragma unroll
-          for (uint i = 0; i < 2; ++i) mean_logit[h][i] = product[i] * queries.factor[h][i];
-        }
-      }
-    }
-
-    // In two sums, which need not wait for each other.
-    float products[TQ_HALVES][2][4];
-#pragma unroll
-    for (uint h = 0; h < TQ_HALVES; ++h) {
-#pragma unroll
-      for (uint i = 0; i < 4; ++i) {
-        products[h][0][i] = 0.0f;
-        products[h][1][i] = 0.0f;
-      }
-    }
-    if (k_bits == 16) tq_read_keys(k, tile, lane, now.keys);
-#pragma unroll
-    for (uint eight = 0; eight < TQ_STEPS / 2; ++eight) {
-      uint first[4], second[4];
-      tq_pairs<k_bits>(now.keys[0], eight, tables, lane, first);
-      tq_pairs<k_bits>(now.keys[1], eight, tables, lane, second);
-#pragma unroll
-      for (uint j = 0; j < 2; ++j) {
-        const uint left[4] = {first[2 * j], second[2 * j], first[2 * j + 1], second[2 * j + 1]};
-#pragma unroll
-        for (uint h = 0; h < TQ_HALVES; ++h) tq_multiply(lane, left, queries.q[h][2 * eight + j], products[h][j]);
-      }
-    }
-    // Whether all queries see all of the tile.
-    const bool is_open = params.mask_batch == 0 && tile.begin + TQ_TILE == tile.end &&
-                         tile.begin >= queries.all_begin && tile.end <= queries.all_end;
-    float k_scale[2], v_norm[2], v_size[2];
-#pragma unroll
-    for (uint i = 0; i < 2; ++i) {
-      k_scale[i] = now.k_norms[i] * k_factor;
-      v_norm[i] = now.v_norms[i] * v_factor;
-      if (!is_open && tile.begin + int(tq_column(lane) + 8 * i) >= tile.end) v_norm[i] = 0.0f;
-      v_size[i] = v_bits == 16 ? 0.0f : fast::log2(max(v_norm[i], TQ_LEAST_NORM));
-    }
-    const int next_block_end = tile.end == tile.block_end ? tile.block_end + block_size : tile.block_end;
-    const TqTile next = tq_tile(tile.end, end, next_block_end, tile.row + uint(tile.end - tile.begin), k.ring);
-    const bool goes_on = next.begin < end;
-    if (goes_on && k_bits != 16) tq_read_keys(k, next, lane, now.keys);
-
-    uint weights[TQ_HALVES][2];
-#pragma unroll
-    for (uint h = 0; h < TQ_HALVES; ++h) {
-      float logits[4], largest[2];
-#pragma unroll
-      for (uint i = 0; i < 4; ++i) {
-        const float product = products[h][0][i] + products[h][1][i];
-        logits[i] = fma(product, k_scale[i / 2] * queries.factor[h][i % 2], mean_logit[h][i % 2]);
-      }
-      if (params.softcap > 0.0f) {
-        const float inverse = 1.0f / params.softcap;
-#pragma unroll
-        for (uint i = 0; i < 4; ++i) logits[i] = params.softcap * precise::tanh(logits[i] * inverse);
-      }
-      if (!is_open) tq_hide(queries, mask, params, lane, tile, h, logits);
-#pragma unroll
-      for (uint i = 0; i < 4; ++i) logits[i] *= TQ_LOG2_E;
-#pragma unroll
-      for (uint i = 0; i < 2; ++i) largest[i] = max(logits[i] + v_size[0], logits[2 + i] + v_size[1]);
-      if (simd_any(largest[0] > gathered.largest[h][0] || largest[1] > gathered.largest[h][1])) {
-        float decay[2];
-#pragma unroll
-        for (uint i = 0; i < 2; ++i) {
-          largest[i] = max(tq_max_of_columns(largest[i]), gathered.largest[h][i]);
-          decay[i] = fast::exp2(gathered.largest[h][i] - largest[i]);
-          gathered.largest[h][i] = largest[i];
-          gathered.sum[h][i] *= decay[i];
-          block_weight[h][i] *= decay[i];
-        }
-#pragma unroll
-        for (uint step = 0; step < TQ_STEPS; ++step) {
-#pragma unroll
-          for (uint i = 0; i < 4; ++i) gathered.out[h][step][i] *= decay[i % 2];
-        }
-      }
-      float shares[4];
-#pragma unroll
-      for (uint i = 0; i < 4; ++i) shares[i] = fast::exp2(logits[i] - gathered.largest[h][i % 2]);
-#pragma unroll
-      for (uint i = 0; i < 2; ++i) {
-        gathered.sum[h][i] += shares[i] + shares[2 + i];
-        block_weight[h][i] += shares[i] + shares[2 + i];
-        weights[h][i] = tq_transpose(lane, tq_pack(shares[2 * i] * v_norm[i], shares[2 * i + 1] * v_norm[i]));
-      }
-    }
-
-    // Once the norms of this tile are of no more use: registers that changed places would be waited for.
-    if (goes_on) {
-      tq_read_norms(k, next, lane, now.k_norms);
-      tq_read_norms(v, next, lane, now.v_norms);
-    }
-    if (v_bits == 16) tq_read_values(v, tile, lane, now.values);
-#pragma unroll
-    for (uint eight = 0; eight < TQ_STEPS / 4; ++eight) {
-      uint even[2][4], odd[2][4];
-#pragma unroll
-      for (uint i = 0; i < 2; ++i) {
-        tq_across<v_bits>(now.values[2 * i], now.values[2 * i + 1], eight, v_table, lane, even[i], odd[i]);
-      }
-#pragma unroll
-      for (uint j = 0; j < 4; ++j) {
-        const uint left[4] = {even[0][j], odd[0][j], even[1][j], odd[1][j]};
-#pragma unroll
-        for (uint h = 0; h < TQ_HALVES; ++h) tq_multiply(lane, left, weights[h], gathered.out[h][4 * eight + j]);
-      }
-    }
-    if (goes_on && v_bits != 16) tq_read_values(v, next, lane, now.values);
-
-    if (tile.end == tile.block_end) {
-      is_new_block = true;
-      if (has_v_means) {
-        TqValuePiece<16, 0> mean;
-        tq_read_piece(reinterpret_cast<device const uchar*>(v_means + tile.row / params.block_size * TQ_HEAD_DIM),
-                      tq_column(lane), TQ_COLUMNS, mean);
-#pragma unroll
-        for (uint h = 0; h < TQ_HALVES; ++h) {
-#pragma unroll
-          for (uint i = 0; i < 2; ++i) block_weight[h][i] = tq_sum_of_columns(block_weight[h][i]);
 #pragma unroll
           for (uint step = 0; step < TQ_STEPS; ++step) {
 #pragma unroll
-            for (uint i = 0; i < 4; ++i) {
-              const float number = tq_unpack(mean.low_words[step], i / 2);
-              gathered.out[h][step][i] = fma(block_weight[h][i % 2], number, gathered.out[h][step][i]);
-            }
+            for (uint i = 0; i < 4; ++i) gathered.out[h][step][i] *= decay[i % 2];
+          }
+        }
+        float shares[4];
+#pragma unroll
+        for (uint i = 0; i < 4; ++i) shares[i] = fast::exp2(logits[h][i] - gathered.largest[h][i % 2]);
+#pragma unroll
+        for (uint i = 0; i < 2; ++i) {
+          block_weight[h][i] += shares[i] + shares[2 + i];
+          weights[h][i] = tq_transpose(lane, tq_pack(shares[2 * i] * v_norm[i], shares[2 * i + 1] * v_norm[i]));
+        }
+      }
+
+      // Once the norms of this tile are of no more use: registers that changed places would be waited for.
+      tq_read_norms(k, ahead, lane, now.k_norms);
+      tq_read_norms(v, ahead, lane, now.v_norms);
+      if (v_bits == 16) tq_read_values(v, tile, lane, now.values);
+#pragma unroll
+      for (uint eight = 0; eight < TQ_STEPS / 4; ++eight) {
+        uint left[4][4];
+        tq_left_of_values<v_bits>(now.values, eight, v_table, lane, left);
+#pragma unroll
+        for (uint j = 0; j < 4; ++j) {
+#pragma unroll
+          for (uint h = 0; h < TQ_HALVES; ++h) {
+            tq_multiply(lane, left[j], weights[h], gathered.out[h][4 * eight + j]);
           }
         }
       }
+      if (v_bits != 16) tq_read_values(v, ahead, lane, now.values);
+      now.tile = next;
     }
-    now.tile = next;
+#pragma unroll
+    for (uint h = 0; h < TQ_HALVES; ++h) {
+#pragma unroll
+      for (uint i = 0; i < 2; ++i) gathered.sum[h][i] += block_weight[h][i];
+    }
+    if (has_v_means) tq_add_mean(means.v + mean * TQ_HEAD_DIM, lane, block_weight, gathered);
+    mean = next_mean;
+    block_end = min(end, block_end + block_size);
   }
 }
 
 // Threads as in attend.metal.
 //
-// memory: the tables of K's and V's levels and TQ_QUERIES rows of queries; then, in the same place, for each simdgroup
-// TQ_QUERIES rows of sums, and of each row the largest logit and the sum of weights.
+// memory: the tables of K's and V's levels and TQ_QUERIES rows of queries, and TQ_MATRIX_LANE_FLOATS of each lane;
+// then, in the same place, for each simdgroup TQ_QUERIES rows of sums, and of each row the largest logit and the sum of
+// weights; then TQ_QUERIES rows of results.
 [[max_total_threads_per_threadgroup(TQ_THREADS)]] kernel void tq_attend_matrix(
     device const TQ_INPUT* q [[buffer(0)]], device const uchar* k_codes [[buffer(1)]],
     device const float* k_norms [[buffer(2)]], device const half* k_means [[buffer(3)]],
@@ -275,30 +363,42 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
     device const half* v_tail [[buffer(8)]], device const uchar* mask [[buffer(9)]],
     device const int* starts [[buffer(10)]], device const int* lengths [[buffer(11)]],
     device float* partials [[buffer(12)]], constant TqAttendParams& params [[buffer(13)]],
-    threadgroup uint* memory [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
-    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint simdgroups [[simdgroups_per_threadgroup]]) {
-  const uint heads_per_kv = params.num_heads / params.num_kv_heads;
-  const uint rows = params.q_len * heads_per_kv;
-  const uint tiles = (rows + TQ_QUERIES - 1) / TQ_QUERIES;
-  const uint batch = group.z, kv_head = group.y / tiles, first_row = group.y % tiles * TQ_QUERIES;
+    device const float* sinks [[buffer(14)]], device TQ_OUTPUT* out [[buffer(15)]], device float* lse [[buffer(16)]],
+    constant TqFinishParams& finish [[buffer(17)]], threadgroup uint* memory [[threadgroup(0)]],
+    uint3 group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
+  const float k_level = tq_level_for_table<(TQ_K_BITS)>(lane), v_level = tq_level_for_table<(TQ_V_BITS)>(lane);
+  // What comes before the queries are read takes nothing from other kernels, and need not wait for them.
+  if (params.has_starts != 0 || params.has_lengths != 0) tq_wait_for_earlier_kernels();
+  const uint heads_per_kv = params.heads_per_kv, rows = params.q_len * heads_per_kv;
+  const uint batch = group.z, kv_head = params.query_tiles > 1 ? group.y / params.query_tiles : group.y;
+  const uint first_row = (group.y - kv_head * params.query_tiles) * TQ_QUERIES;
   const uint used_rows = min(rows - first_row, uint(TQ_QUERIES));
-  const int first = params.has_starts != 0 ? max(starts[batch], 0) : 0;
-  const uint threads = simdgroups * TQ_SIMD_LANES, thread_index = simdgroup * TQ_SIMD_LANES + lane;
-  int length = int(params.length);
-  if (params.has_lengths != 0) length = clamp(lengths[batch], 0, length);
+  TqPlace place;
+  place.mask = mask;
+  place.starts = starts;
+  place.lengths = lengths;
+  place.batch = batch;
+  place.first_row = first_row;
+  const int first = tq_first(params, starts, batch), length = tq_length(params, lengths, batch);
 
   // The positions that the first and the last query may see: no query sees what is before those of the first, or after
   // those of the last.
-  const TqVisible oldest = tq_visible(params, batch, first, length, first_row / heads_per_kv);
-  const TqVisible newest = tq_visible(params, batch, first, length, (first_row + used_rows - 1) / heads_per_kv);
+  const TqVisible oldest = tq_visible(params, batch, first, length, tq_token(params, first_row));
+  const TqVisible newest = tq_visible(params, batch, first, length, tq_token(params, first_row + used_rows - 1));
   const int begin = oldest.begin, end = max(begin, newest.end);
-  // This simdgroup's share: whole tiles, which begin at multiples of their size.
+  // This simdgroup's share: whole tiles, which begin at multiples of their size. Those of the newest tokens, which are
+  // dense, count twice, as they take more time.
   const int parts = int(params.splits * simdgroups), part = int(group.x * simdgroups + simdgroup);
-  const int first_tile = begin / TQ_TILE, tile_count = (end + TQ_TILE - 1) / TQ_TILE - first_tile;
-  const int share = (tile_count + parts - 1) / parts;
-  const int from = clamp((first_tile + part * share) * TQ_TILE, begin, end);
-  const int to = clamp((first_tile + (part + 1) * share) * TQ_TILE, from, end);
+  const int first_tile = begin / TQ_TILE, tiles = (end + TQ_TILE - 1) / TQ_TILE - first_tile;
+  const int single = TQ_TAIL ? clamp(int(params.coded) / TQ_TILE - first_tile, 0, tiles) : tiles;
+  const int units = 2 * tiles - single, share = units / parts, more = units - share * parts;
+  // The last parts have one more: the first have sinks.
+  const int less = parts - more, from_unit = part * share + max(part - less, 0);
+  const int to_unit = from_unit + share + (part < less ? 0 : 1);
+  const int from_tile = first_tile + min(from_unit, single) + (max(from_unit - single, 0) + 1) / 2;
+  const int to_tile = first_tile + min(to_unit, single) + (max(to_unit - single, 0) + 1) / 2;
+  const int from = clamp(from_tile * TQ_TILE, begin, end), to = clamp(to_tile * TQ_TILE, from, end);
   // The first tokens, what has been coded, and the newest tokens.
   const int coded_begin = TQ_TAIL ? clamp(first + int(params.sink_length), from, to) : from;
   const int coded_end = TQ_TAIL ? clamp(int(params.coded), coded_begin, to) : to;
@@ -309,107 +409,143 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
                                                                      params.slots, params.block_size, tail_rows);
   const TqStore v = tq_store_of_head<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH>(v_codes, v_norms, v_means, v_tail, store,
                                                                      params.slots, params.block_size, tail_rows);
-  TqRows<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH> k_rows;
-  TqRows<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH> v_rows;
+  const bool has_means = TQ_K_MEANS || TQ_V_MEANS;
+  const int block_size = has_means ? int(params.block_size) : TQ_NO_BLOCK;
+  TqRows<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH, TQ_WHOLE> k_rows;
+  TqRows<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH, TQ_WHOLE> v_rows;
+  TqMeans means;
   k_rows.rows = k.codes;
   v_rows.rows = v.codes;
   k_rows.norms = k.norms;
   v_rows.norms = v.norms;
   k_rows.ring = v_rows.ring = params.slots;
-  k_rows.offset = v_rows.offset = 0;
-  const int no_block = 0x20000000, block_size = TQ_K_MEANS || TQ_V_MEANS ? int(params.block_size) : no_block;
+  means.k = k.means;
+  means.v = v.means;
+  means.ring = params.mean_ring;
+  means.first = 0;
+  means.first_end = TQ_NO_BLOCK;
   TqAhead<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH, TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH> coded;
-  const TqTile coded_tile = tq_tile(coded_begin, coded_end, (coded_begin / block_size + 1) * block_size,
-                                    uint(coded_begin) % max(params.slots, 1u), params.slots);
-  coded.tile = coded_tile;
-  // Before anything else, so that it need not be waited for.
-  if (coded_begin < coded_end) tq_read_ahead(k_rows, v_rows, coded_tile, lane, coded);
+  if (coded_begin < coded_end) {
+    uint slot = params.first_slot + uint(coded_begin - int(params.start));
+    if (slot >= params.slots) slot %= params.slots;
+    const uint before = TQ_WHOLE ? slot % TQ_TILE : 0;  // in the first tile
+    means.first = slot / uint(block_size);
+    means.first_end = coded_begin - int(slot - means.first * uint(block_size)) + block_size;
+    coded.tile =
+        tq_tile<TQ_WHOLE>(coded_begin - int(before), min(coded_end, means.first_end), slot - before, params.slots);
+  }
+  if (TQ_K_BITS != 16) tq_make_table<(TQ_K_BITS)>(lane, simdgroup, simdgroups, k_level, memory);
+  if (TQ_V_BITS != 16 && TQ_V_BITS != TQ_K_BITS) {
+    tq_make_table<(TQ_V_BITS)>(lane, simdgroup, simdgroups, v_level, memory + TQ_SIMD_LANES);
+  }
+  tq_wait_for_earlier_kernels();
 
-  threadgroup float* query_rows = reinterpret_cast<threadgroup float*>(
-      memory + max(TQ_TABLE_ENTRIES(TQ_K_BITS), TQ_TABLE_ENTRIES(TQ_V_BITS)) * 2 * TQ_SIMD_LANES);
+  // Queries come first, because all of the threadgroup waits for them; then what comes before anything else.
+  uint query = simdgroup * TQ_SIMD_ROWS + lane / TQ_ROW_LANES;
+  uint words[TQ_LANE_DIMS / 2];
+  if (simdgroup * TQ_SIMD_ROWS < TQ_QUERIES) {
+    tq_load_words(q + tq_query(params, batch, kv_head, first_row + query) * TQ_HEAD_DIM, lane, words);
+  }
+  if (coded_begin < coded_end) {
+    if (TQ_K_MEANS) tq_prefetch_mean(means.k + means.first * TQ_HEAD_DIM, lane);
+    if (TQ_V_MEANS) tq_prefetch_mean(means.v + means.first * TQ_HEAD_DIM, lane);
+    if (TQ_K_BITS != 16) tq_read_keys(k_rows, coded.tile, lane, coded.keys);
+    if (TQ_V_BITS != 16) tq_read_values(v_rows, coded.tile, lane, coded.values);
+    tq_read_norms(k_rows, coded.tile, lane, coded.k_norms);
+    tq_read_norms(v_rows, coded.tile, lane, coded.v_norms);
+  }
+
+  if (TQ_TAIL) {
+    if (from < coded_begin) tq_prefetch_rows(tq_bytes(k.tail), tq_bytes(v.tail), uint(from - first), lane);
+    if (coded_end < to) {
+      const uint row = params.sink_length + uint(coded_end) % params.tail_slots;
+      tq_prefetch_rows(tq_bytes(k.tail), tq_bytes(v.tail), row, lane);
+    }
+  }
+
+  threadgroup uint* query_rows =
+      memory + max(TQ_TABLE_ENTRIES(TQ_K_BITS), TQ_TABLE_ENTRIES(TQ_V_BITS)) * 2 * TQ_SIMD_LANES;
+  threadgroup float* query_units = reinterpret_cast<threadgroup float*>(query_rows + TQ_QUERIES * TQ_QUERY_STRIDE);
   for (uint r = simdgroup * TQ_SIMD_ROWS; r < TQ_QUERIES; r += simdgroups * TQ_SIMD_ROWS) {
-    // What is left of the last tile computes its last row again, and keeps it to itself.
-    const uint place = r + lane / TQ_ROW_LANES;
-    const uint row = min(first_row + place, rows - 1);
-    const uint token = row / heads_per_kv, head = kv_head * heads_per_kv + row % heads_per_kv;
     TqRow numbers;
-    tq_load(q + ((ulong(batch) * params.num_heads + head) * params.q_len + token) * TQ_HEAD_DIM, lane, numbers);
+    tq_numbers_of_words(TQ_INPUT(), lane, words, numbers);
     if (params.rotate_q != 0) tq_rotate(lane, numbers);
     float peak = 0.0f;
 #pragma unroll
     for (uint i = 0; i < TQ_LANE_DIMS; ++i) peak = max(peak, abs(numbers.x[i]));
-    peak = tq_max(peak, TQ_ROW_LANES);
-    if (place < TQ_QUERIES && tq_is_used(lane)) {
+    // A power of 2, so that nothing is rounded but to half precision.
+    const float unit = tq_power_of_two(tq_max(peak, TQ_ROW_LANES));
+    const float inverse = 1.0f / unit;
+    if (query < TQ_QUERIES && tq_is_used(lane)) {
       const uint dim = tq_place(lane) * TQ_LANE_DIMS, chunk = dim / TQ_K_CHUNK;
-      threadgroup float* to = query_rows + place * TQ_QUERY_STRIDE + chunk % TQ_SHARES * TQ_SHARE_STRIDE +
-                              chunk / TQ_SHARES * TQ_K_CHUNK + dim % TQ_K_CHUNK;
+      threadgroup uint* to = query_rows + query * TQ_QUERY_STRIDE + chunk % TQ_SHARES * TQ_SHARE_STRIDE +
+                             (chunk / TQ_SHARES * TQ_K_CHUNK + dim % TQ_K_CHUNK) / 2;
 #pragma unroll
-      for (uint i = 0; i < TQ_LANE_DIMS; ++i) to[i] = numbers.x[i];
-      if (tq_place(lane) == 0) query_rows[place * TQ_QUERY_STRIDE + TQ_HEAD_DIM / 4] = peak;
+      for (uint i = 0; i < TQ_LANE_DIMS / 2; ++i) {
+        to[i] = tq_pack(numbers.x[2 * i] * inverse, numbers.x[2 * i + 1] * inverse);
+      }
+      if (tq_place(lane) == 0) query_units[query] = unit;
     }
-  }
-  if (TQ_K_BITS != 16) tq_make_table<(TQ_K_BITS)>(lane, simdgroup, simdgroups, memory);
-  if (TQ_V_BITS != 16 && TQ_V_BITS != TQ_K_BITS) {
-    tq_make_table<(TQ_V_BITS)>(lane, simdgroup, simdgroups, memory + TQ_SIMD_LANES);
+    query += simdgroups * TQ_SIMD_ROWS;
+    if (r + simdgroups * TQ_SIMD_ROWS < TQ_QUERIES) {
+      tq_load_words(q + tq_query(params, batch, kv_head, first_row + query) * TQ_HEAD_DIM, lane, words);
+    }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   TqQueries queries;
   TqGathered gathered;
-  queries.all_begin = newest.begin;
-  queries.all_end = oldest.end;
+  const bool is_closed = params.mask_batch != 0 || params.softcap > 0.0f;
+  queries.open_begin = TQ_TAIL ? max(newest.begin, first + int(params.sink_length)) : newest.begin;
+  queries.open_end = is_closed ? 0 : oldest.end;
+  // Logits are in powers of 2; under a soft cap first in units of it.
+  const float scale = params.scale * (params.softcap > 0.0f ? 1.0f / params.softcap : TQ_LOG2_E);
 #pragma unroll
   for (uint h = 0; h < TQ_HALVES; ++h) {
 #pragma unroll
     for (uint i = 0; i < 2; ++i) {
-      const uint row = min(first_row + 8 * h + 2 * tq_share(lane) + i, rows - 1);
-      const TqVisible seen = tq_visible(params, batch, first, length, row / heads_per_kv);
-      queries.begin[h][i] = seen.begin;
-      queries.end[h][i] = seen.end;
-      queries.mask_row[h][i] = seen.mask_row;
       gathered.largest[h][i] = TQ_NO_LOGIT;
       gathered.sum[h][i] = 0.0f;
     }
-    threadgroup const float* query = query_rows + (8 * h + tq_column(lane)) * TQ_QUERY_STRIDE;
-    const float peak = query[TQ_HEAD_DIM / 4];
-    // A power of 2, so that nothing is rounded but to half precision.
-    const float power = as_type<float>(as_type<uint>(peak) & 0x7F800000u);
-    const float unit = power > 0.0f ? power : 1.0f;
-    const float inverse = 1.0f / unit;
-    tq_across_columns(lane, unit * params.scale, queries.factor[h]);
+#pragma unroll
+    for (uint i = 0; i < 2; ++i) queries.factor[h][i] = query_units[8 * h + 2 * tq_share(lane) + i] * scale;
+    threadgroup const uint4* four = reinterpret_cast<threadgroup const uint4*>(
+        query_rows + (8 * h + tq_column(lane)) * TQ_QUERY_STRIDE + tq_share(lane) * TQ_SHARE_STRIDE);
+#pragma unroll
+    for (uint step = 0; step < TQ_STEPS; step += 2) {
+      const uint4 pairs = four[step / 2];
+      queries.q[h][step][0] = pairs.x;
+      queries.q[h][step][1] = pairs.y;
+      queries.q[h][step + 1][0] = pairs.z;
+      queries.q[h][step + 1][1] = pairs.w;
+    }
 #pragma unroll
     for (uint step = 0; step < TQ_STEPS; ++step) {
-#pragma unroll
-      for (uint i = 0; i < 2; ++i) {
-        threadgroup const float* two = query + tq_share(lane) * TQ_SHARE_STRIDE + 4 * step + 2 * i;
-        queries.q[h][step][i] = tq_pack(two[0] * inverse, two[1] * inverse);
-      }
 #pragma unroll
       for (uint i = 0; i < 4; ++i) gathered.out[h][step][i] = 0.0f;
     }
   }
 
   if (coded_begin < coded_end) {
-    tq_walk<true>(queries, k_rows, v_rows, k.means, v.means, mask, memory, params, lane, coded_end, block_size, coded,
-                  gathered);
+    tq_walk<true>(queries, k_rows, v_rows, means, place, memory, params, lane, coded_end, block_size, coded, gathered);
   }
   if (TQ_TAIL) {
+#pragma unroll 1
     for (uint i = 0; i < 2; ++i) {
       const int dense_begin = i == 0 ? from : coded_end, dense_end = i == 0 ? coded_begin : to;
       if (dense_begin >= dense_end) continue;
-      TqRows<16, 16, 0> k_dense, v_dense;
-      k_dense.rows = reinterpret_cast<device const uchar*>(k.tail);
-      v_dense.rows = reinterpret_cast<device const uchar*>(v.tail);
-      k_dense.norms = k.norms;
-      v_dense.norms = v.norms;
-      k_dense.ring = v_dense.ring = i == 0 ? params.sink_length : params.tail_slots;
-      k_dense.offset = v_dense.offset = i == 0 ? 0 : params.sink_length;
+      const uint ring = i == 0 ? params.sink_length : params.tail_slots;
       const uint row = i == 0 ? uint(from - first) : uint(coded_end) % params.tail_slots;
+      const uint offset = i == 0 ? 0 : params.sink_length * TQ_HEAD_DIM;
+      TqDenseRows k_dense, v_dense;
+      k_dense.rows = tq_bytes(k.tail + offset);
+      v_dense.rows = tq_bytes(v.tail + offset);
+      k_dense.ring = v_dense.ring = ring;
+      means.first_end = TQ_NO_BLOCK;
       TqAhead<16, 16, 0, 16, 16, 0> dense;
-      const TqTile dense_tile = tq_tile(dense_begin, dense_end, dense_end, row, k_dense.ring);
-      tq_read_ahead(k_dense, v_dense, dense_tile, lane, dense);
-      tq_walk<false>(queries, k_dense, v_dense, k.means, v.means, mask, memory, params, lane, dense_end, no_block,
-                     dense, gathered);
+      dense.tile = tq_tile<false>(dense_begin, dense_end, row, ring);
+      tq_walk<false>(queries, k_dense, v_dense, means, place, memory, params, lane, dense_end, TQ_NO_BLOCK, dense,
+                     gathered);
     }
   }
 
@@ -435,25 +571,61 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // As attend.metal leaves them.
+  // A simdgroup merges 32 numbers of a row at a time; lane s has the factor of simdgroup s.
+  threadgroup float* merged = scales + simdgroups * TQ_QUERIES * 2;
   const ulong all_rows = ulong(params.batch) * params.num_heads * params.q_len;
-  for (uint i = thread_index; i < used_rows * TQ_HEAD_DIM; i += threads) {
-    const uint row = i / TQ_HEAD_DIM, place = i % TQ_HEAD_DIM;
-    float largest = TQ_NO_LOGIT, sum = 0.0f, number = 0.0f;
-    for (uint s = 0; s < simdgroups; ++s) largest = max(largest, scales[(s * TQ_QUERIES + row) * 2 + 1]);
-#pragma unroll 4
+  for (uint i = simdgroup; i < used_rows * (TQ_HEAD_DIM / TQ_SIMD_LANES); i += simdgroups) {
+    const uint row = i / (TQ_HEAD_DIM / TQ_SIMD_LANES),
+               place = i % (TQ_HEAD_DIM / TQ_SIMD_LANES) * TQ_SIMD_LANES + lane;
+    threadgroup const float* its = scales + (min(lane, simdgroups - 1) * TQ_QUERIES + row) * 2;
+    float largest = its[1];
+#pragma unroll
+    for (uint step = 1; step < TQ_SIMD_LANES; step *= 2) {
+      largest = max(largest, simd_shuffle_xor(largest, ushort(step)));
+    }
+    const float factor = lane < simdgroups ? fast::exp2(its[1] - largest) : 0.0f;
+    float sum = its[0] * factor, number = 0.0f;
+#pragma unroll
+    for (uint step = 1; step < TQ_SIMD_LANES; step *= 2) sum += simd_shuffle_xor(sum, ushort(step));
+#pragma unroll 8
     for (uint s = 0; s < simdgroups; ++s) {
-      const uint from_row = s * TQ_QUERIES + row;
-      const float factor = fast::exp2(scales[from_row * 2 + 1] - largest);
-      sum = fma(scales[from_row * 2], factor, sum);
-      number = fma(sums[from_row * TQ_SUMS_STRIDE + place], factor, number);
+      number = fma(sums[(s * TQ_QUERIES + row) * TQ_SUMS_STRIDE + place], simd_shuffle(factor, ushort(s)), number);
     }
-    const ulong at = (store * rows + first_row + row) * params.splits + group.x;
-    partials[at * TQ_HEAD_DIM + tq_value_dim(place % TQ_COLUMNS, place / TQ_COLUMNS)] = number;
-    if (place == 0) {
-      device float* scale = partials + all_rows * params.splits * TQ_HEAD_DIM + at * 2;
-      scale[0] = sum;
-      scale[1] = largest / TQ_LOG2_E;
+    const uint dim = tq_value_dim(place % TQ_COLUMNS, place / TQ_COLUMNS);
+    largest *= 1.0f / TQ_LOG2_E;
+    if (finish.is_finished != 0) {
+      merged[row * TQ_SUMS_STRIDE + dim] = number;
+      if (place == 0) {
+        merged[row * TQ_SUMS_STRIDE + TQ_HEAD_DIM] = sum;
+        merged[row * TQ_SUMS_STRIDE + TQ_HEAD_DIM + 1] = largest;
+      }
+    } else {  // as attend.metal leaves them
+      const ulong at = (store * rows + first_row + row) * params.splits + group.x;
+      partials[at * TQ_HEAD_DIM + dim] = number;
+      if (place == 0) {
+        device float* scale = partials + all_rows * params.splits * TQ_HEAD_DIM + at * 2;
+        scale[0] = sum;
+        scale[1] = largest;
+      }
     }
+  }
+  if (finish.is_finished == 0) return;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // There are no other parts.
+  for (uint r = simdgroup * TQ_SIMD_ROWS; r < used_rows; r += simdgroups * TQ_SIMD_ROWS) {
+    const uint used = min(r + lane / TQ_ROW_LANES, used_rows - 1);
+    threadgroup const float* numbers = merged + used * TQ_SUMS_STRIDE;
+    TqState state;
+    tq_clear(state.out);
+    if (tq_is_used(lane)) {
+#pragma unroll
+      for (uint i = 0; i < TQ_LANE_DIMS; ++i) state.out.x[i] = numbers[tq_place(lane) * TQ_LANE_DIMS + i];
+    }
+    state.sum = numbers[TQ_HEAD_DIM];
+    state.largest = numbers[TQ_HEAD_DIM + 1];
+    const ulong to = tq_query(params, batch, kv_head, first_row + used);
+    if (finish.has_sinks != 0) tq_add_sink(sinks[to / params.q_len % params.num_heads], state);
+    tq_finish(state, finish, lane, r + lane / TQ_ROW_LANES < used_rows, to, out, lse);
   }
 }

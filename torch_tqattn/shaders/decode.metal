@@ -5,6 +5,7 @@
 #include <metal_stdlib>
 using namespace metal;
 
+#include "order.h"
 #include "params.h"
 #include "store.h"
 
@@ -40,6 +41,7 @@ kernel void tq_decode(device const uchar* k_codes [[buffer(0)]], device const fl
                       uint3 group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
                       uint simdgroup [[simdgroup_index_in_threadgroup]],
                       uint simdgroups [[simdgroups_per_threadgroup]]) {
+  tq_wait_for_earlier_kernels();
   const bool is_k = group.z == 0;
   const uint row_index = (group.x * simdgroups + simdgroup) * TQ_SIMD_ROWS + lane / TQ_ROW_LANES;
   const uint rows = params.length - params.start;

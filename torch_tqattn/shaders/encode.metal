@@ -7,6 +7,7 @@
 #include <metal_stdlib>
 using namespace metal;
 
+#include "order.h"
 #include "params.h"
 #include "store.h"
 
@@ -31,7 +32,7 @@ static inline void tq_fetch(int position, thread const TqTarget& target, constan
   } else {
     tq_clear(row);
   }
-  tq_rotate(lane, row);
+  if (simd_any(is_new)) tq_rotate(lane, row);
   if (!is_new && TQ_TAIL)
     tq_load(target.tail + tq_tail_row(position, target.first, params.sink_length, params.tail_slots) * TQ_HEAD_DIM,
             lane, row);
@@ -95,22 +96,23 @@ static inline void tq_block_mean(int begin, int count, thread const TqTarget& ta
   for (uint i = 0; i < TQ_LANE_DIMS; ++i) mean.x[i] = float(half(tq_saturated(mean.x[i] / max(counted, 1.0f))));
 }
 
-// Codes positions begin..begin + count of one head.
+// Codes rows from..to of positions begin..begin + count of one head.
 template <uint bits, uint low, uint high, bool has_means>
-static inline void tq_encode_rows(int begin, int count, thread const TqTarget& target, constant TqEncodeParams& params,
-                                  uint lane, uint simdgroup, uint simdgroups, threadgroup float* scratch) {
+static inline void tq_encode_rows(int begin, int count, int from, int to, thread const TqTarget& target,
+                                  constant TqEncodeParams& params, uint lane, uint simdgroup, uint simdgroups,
+                                  threadgroup float* scratch) {
   TqRow mean;
   tq_clear(mean);
   if (has_means) {
     tq_block_mean(begin, count, target, params, lane, simdgroup, simdgroups, scratch, mean);
-    if (simdgroup == 0 && lane < TQ_ROW_LANES) {
+    if (from == 0 && simdgroup == 0 && lane < TQ_ROW_LANES) {
       tq_store_half(target.means + uint(begin) % params.slots / params.block_size * TQ_HEAD_DIM, lane, mean);
     }
   }
   const int stride = int(simdgroups * TQ_SIMD_ROWS);
-  for (int at = int(simdgroup * TQ_SIMD_ROWS); at < count; at += stride) {
+  for (int at = from + int(simdgroup * TQ_SIMD_ROWS); at < to; at += stride) {
     const int position = begin + at + int(lane / TQ_ROW_LANES);
-    const bool is_there = position < begin + count;
+    const bool is_there = position < begin + to;
     TqRow row;
     tq_fetch(is_there ? position : begin, target, params, lane, row);
 #pragma unroll
@@ -132,8 +134,9 @@ static inline void tq_encode_rows(int begin, int count, thread const TqTarget& t
   }
 }
 
-// One threadgroup: positions params.coded_begin + params.unit * group.x on, as many as params.unit, of head group.y
-// (sequence * KV heads + KV head), side group.z. scratch: TQ_HEAD_DIM + 1 floats for each simdgroup.
+// params.pieces threadgroups: positions params.coded_begin + params.unit * (group.x / params.pieces) on, as many as
+// params.unit, of head group.y (sequence * KV heads + KV head), side group.z. Each finds their mean, and codes its
+// piece. scratch: TQ_HEAD_DIM + 1 floats for each simdgroup.
 kernel void tq_encode(device const TQ_INPUT* k [[buffer(0)]], device const TQ_INPUT* v [[buffer(1)]],
                       device uchar* k_codes [[buffer(2)]], device float* k_norms [[buffer(3)]],
                       device half* k_means [[buffer(4)]], device half* k_tail [[buffer(5)]],
@@ -143,6 +146,7 @@ kernel void tq_encode(device const TQ_INPUT* k [[buffer(0)]], device const TQ_IN
                       threadgroup float* scratch [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
                       uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                       uint simdgroups [[simdgroups_per_threadgroup]]) {
+  tq_wait_for_earlier_kernels();
   const bool is_k = group.z == 0;
   const ulong head = group.y;
   const ulong slots = head * params.slots;
@@ -158,13 +162,15 @@ kernel void tq_encode(device const TQ_INPUT* k [[buffer(0)]], device const TQ_IN
   target.tail = (is_k ? k_tail : v_tail) + tail;
   target.first = params.has_starts != 0 ? max(starts[group.y / params.num_kv_heads], 0) : 0;
   target.norm_factor = is_k ? params.k_norm_factor : params.v_norm_factor;
-  const int begin = int(params.coded_begin + group.x * params.unit);
+  const int begin = int(params.coded_begin + group.x / params.pieces * params.unit);
   const int count = min(int(params.unit), int(params.coded_end) - begin);
+  const int piece = (count + int(params.pieces) - 1) / int(params.pieces);
+  const int from = int(group.x % params.pieces) * piece, to = min(from + piece, count);
   if (is_k) {
-    tq_encode_rows<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH, TQ_K_MEANS>(begin, count, target, params, lane, simdgroup,
+    tq_encode_rows<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH, TQ_K_MEANS>(begin, count, from, to, target, params, lane, simdgroup,
                                                                simdgroups, scratch);
   } else {
-    tq_encode_rows<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH, TQ_V_MEANS>(begin, count, target, params, lane, simdgroup,
+    tq_encode_rows<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH, TQ_V_MEANS>(begin, count, from, to, target, params, lane, simdgroup,
                                                                simdgroups, scratch);
   }
 }
@@ -175,6 +181,7 @@ kernel void tq_keep(device const TQ_INPUT* k [[buffer(0)]], device const TQ_INPU
                     device const int* starts [[buffer(4)]], constant TqEncodeParams& params [[buffer(5)]],
                     uint3 group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
                     uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
+  tq_wait_for_earlier_kernels();
   const ulong head = group.y;
   TqTarget target;
   target.x = (group.z == 0 ? k : v) + head * params.tokens * TQ_HEAD_DIM;

@@ -23,6 +23,12 @@ static inline float tq_unpack(uint pair, uint which) {
   return float(as_type<half>(ushort(which == 0 ? pair & 0xFFFFu : pair >> 16)));
 }
 
+// The power of 2 that x >= 0 is 1 to 2 times of, or 1 for 0.
+static inline float tq_power_of_two(float x) {
+  const float power = as_type<float>(as_type<uint>(x) & 0x7F800000u);
+  return power > 0.0f ? power : 1.0f;
+}
+
 // The lower halves of two pairs, and the upper ones.
 static inline uint tq_lower(uint first, uint second) { return (first & 0xFFFFu) | second << 16; }
 static inline uint tq_upper(uint first, uint second) { return first >> 16 | (second & 0xFFFF0000u); }
@@ -78,8 +84,14 @@ struct TqPiece {
   uint high_words[TQ_WORDS(high, chunk, chunks)];
 };
 
+template <typename T>
+static inline device const uchar* tq_bytes(device const T* numbers) {
+  return reinterpret_cast<device const uchar*>(numbers);
+}
+
 template <uint bytes>
-static inline void tq_read(device const uchar* from, thread uint* words) {
+static inline void tq_read(device const uchar* row, uint offset, thread uint* words) {
+  device const uchar* from = row + offset;
   if (bytes >= 16) {
 #pragma unroll
     for (uint i = 0; i < bytes / 16; ++i) {
@@ -102,15 +114,53 @@ static inline void tq_read(device const uchar* from, thread uint* words) {
   }
 }
 
+// Has a mean fetched, so that it is near when it is read.
+static inline void tq_prefetch_mean(device const half* mean, uint lane) {
+#ifdef __CUDA_ARCH__
+  if (lane < TQ_HEAD_DIM / 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(mean + 64 * lane));
+#endif
+}
+
+// Has the line of two dense rows fetched that is this lane's of a tile from row `row` on.
+static inline void tq_prefetch_rows(device const uchar* first, device const uchar* second, uint row, uint lane) {
+#ifdef __CUDA_ARCH__
+  const uint line = row * (TQ_HEAD_DIM * 2) + lane * (TQ_HEAD_DIM);
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(first + line));
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(second + line));
+#endif
+}
+
+// This lane's part of a row of numbers of 16 bits, which begins at a multiple of 16 bytes.
+template <typename T>
+static inline void tq_load_words(device const T* row, uint lane, thread uint (&words)[TQ_LANE_DIMS / 2]) {
+  if (!tq_is_used(lane)) return;
+  tq_read<2 * TQ_LANE_DIMS>(tq_bytes(row + tq_place(lane) * TQ_LANE_DIMS), 0, words);
+}
+
+static inline float tq_number_of(half, uint pair, uint which) { return tq_unpack(pair, which); }
+static inline float tq_number_of(bfloat, uint pair, uint which) {
+  return as_type<float>(which == 0 ? pair << 16 : pair & 0xFFFF0000u);
+}
+
+template <typename T>
+static inline void tq_numbers_of_words(T type, uint lane, thread const uint (&words)[TQ_LANE_DIMS / 2],
+                                       thread TqRow& row) {
+#pragma unroll
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] = tq_is_used(lane) ? tq_number_of(type, words[i / 2], i % 2) : 0.0f;
+}
+
+// Of the row at byte `at + offset` of `rows`. The offset should be a constant: then it takes no instruction.
 template <uint low, uint high, uint chunk, uint chunks>
-static inline void tq_read_piece(device const uchar* row, uint place, uint places,
+static inline void tq_read_piece(device const uchar* rows, uint at, uint offset, uint place, uint places,
                                  thread TqPiece<low, high, chunk, chunks>& piece) {
+  const uint high_offset = offset + TQ_HEAD_DIM * low / 8;
 #pragma unroll
   for (uint n = 0; n < chunks; ++n) {
-    const uint first = (n * places + place) * chunk;
-    tq_read<chunk * low / 8>(row + first * low / 8, piece.low_words + n * TQ_WORDS(low, chunk, 1));
+    tq_read<chunk * low / 8>(rows + (at + place * (chunk * low / 8)), offset + n * places * (chunk * low / 8),
+                             piece.low_words + n * TQ_WORDS(low, chunk, 1));
     if (high != 0) {
-      tq_read<(high != 0 ? chunk * high / 8 : 1)>(row + TQ_HEAD_DIM * low / 8 + first * high / 8,
+      tq_read<(high != 0 ? chunk * high / 8 : 1)>(rows + (at + place * (chunk * high / 8)),
+                                                  high_offset + n * places * (chunk * high / 8),
                                                   piece.high_words + n * TQ_WORDS(high, chunk, 1));
     }
   }
@@ -173,22 +223,30 @@ static inline TqEight tq_codes_of(thread const TqPiece<low, high, chunk, chunks>
 // an entry of K's table are followed by those of V's. Entry c is the level of code c, twice; or, for codes of at most 4
 // bits, the levels of codes c % 16 and c / 16.
 
+// What this lane needs to make a table, if codes have at most 4 bits.
 template <uint bits>
-static inline void tq_make_table(uint lane, uint simdgroup, uint simdgroups, threadgroup uint* table) {
-  if (bits <= 4) {
-    const float level = tq_level<bits>(lane % (1u << bits % 16));
-    for (uint entry = simdgroup; entry < 256; entry += simdgroups) {
-      const uint codes = 1u << bits % 16;
-      const float first = simd_shuffle(level, ushort(entry % codes));
-      const float second = simd_shuffle(level, ushort(entry / 16 % codes));
-      table[entry * 2 * TQ_SIMD_LANES + lane] = tq_pack(first, second);
-    }
-  } else {
+static inline float tq_level_for_table(uint lane) {
+  return bits <= 4 ? tq_level<(bits <= 4 ? bits : 4)>(lane % (1u << bits % 16)) : 0.0f;
+}
+
+// A simdgroup writes four entries at a time, a lane four copies of one.
+template <uint bits>
+static inline void tq_make_table(uint lane, uint simdgroup, uint simdgroups, float level, threadgroup uint* table) {
 #pragma unroll 8
-    for (uint entry = simdgroup; entry < TQ_TABLE_ENTRIES(bits); entry += simdgroups) {
-      const float level = tq_level<bits>(entry);
-      table[entry * 2 * TQ_SIMD_LANES + lane] = tq_pack(level, level);
+  for (uint four = 4 * simdgroup; four < TQ_TABLE_ENTRIES(bits); four += 4 * simdgroups) {
+    const uint entry = four + lane / 8;
+    float first, second;
+    if (bits <= 4) {
+      const uint codes = 1u << bits % 16;
+      first = simd_shuffle(level, ushort(entry % codes));
+      second = simd_shuffle(level, ushort(entry / 16 % codes));
+    } else {
+      first = second = tq_level<bits>(entry);
     }
+    const uint pair = tq_pack(first, second);
+    uint4 copies;
+    copies.x = copies.y = copies.z = copies.w = pair;
+    *reinterpret_cast<threadgroup uint4*>(table + entry * 2 * TQ_SIMD_LANES + lane % 8 * 4) = copies;
   }
 }
 
@@ -230,6 +288,17 @@ static inline void tq_pairs(thread const TqPiece<low, high, chunk, chunks>& piec
   }
 }
 
+// The lower four bits of each byte of `lower` and the upper four of `upper`.
+static inline uint tq_nibbles(uint lower, uint upper) {
+#ifdef __CUDA_ARCH__
+  uint both;  // one instruction, which the compiler does not find
+  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(both) : "r"(lower), "r"(upper), "r"(0x0F0F0F0Fu));
+  return both;
+#else
+  return (lower & 0x0F0F0F0Fu) | (upper & 0xF0F0F0F0u);
+#endif
+}
+
 // Numbers 2 i (in `even`) and 2 i + 1 (in `odd`), i < 4, of two pieces' eight numbers: one of each in each pair.
 template <uint bits, uint low, uint high, uint chunk, uint chunks>
 static inline void tq_across(thread const TqPiece<low, high, chunk, chunks>& first,
@@ -244,8 +313,7 @@ static inline void tq_across(thread const TqPiece<low, high, chunk, chunks>& fir
     }
   } else {
     const TqEight a = tq_codes_of<bits>(first, eight), b = tq_codes_of<bits>(second, eight);
-    const uint even_codes = (a.first & 0x0F0F0F0Fu) | (b.first << 4 & 0xF0F0F0F0u);
-    const uint odd_codes = (a.second & 0x0F0F0F0Fu) | (b.first & 0xF0F0F0F0u);
+    const uint even_codes = tq_nibbles(a.first, b.first << 4), odd_codes = tq_nibbles(a.second, b.first);
 #pragma unroll
     for (uint i = 0; i < 4; ++i) {
       if (bits <= 4) {

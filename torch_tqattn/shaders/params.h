@@ -34,6 +34,11 @@ struct TqAttendParams {
   uint32_t rotate_q;    // 0: q is rotated already
   float k_norm_factor;  // what a stored norm is multiplied with
   float v_norm_factor;
+  // For attend_matrix.metal, which should not have to divide.
+  uint32_t heads_per_kv;
+  uint32_t query_tiles;  // of TQ_QUERIES query rows of a KV head
+  uint32_t first_slot;   // the slot of position `start`
+  uint32_t mean_ring;    // rows of means; 1 if there are none
 };
 
 // Threads of a threadgroup of attend_matrix.metal, by what registers they need.
@@ -42,6 +47,14 @@ struct TqAttendParams {
 // Entries of attend_matrix.metal's tables of the levels of codes of so many bits. An entry takes 256 bytes, of K and V.
 #define TQ_TABLE_ENTRIES(bits) ((bits) == 16 ? 0u : (bits) <= 4 ? 256u : 1u << (bits) % 16)
 
+// How attention ends: in reduce.metal, or in attend_matrix.metal where there is but one part.
+struct TqFinishParams {
+  uint32_t is_finished;  // 1: attend_matrix.metal leaves results, not parts
+  uint32_t has_sinks;
+  uint32_t has_lse;
+  uint32_t undo_rotation;
+};
+
 // Merging the parts of an attention call.
 struct TqReduceParams {
   uint32_t rows;  // batch * num_heads * q_len
@@ -49,9 +62,6 @@ struct TqReduceParams {
   uint32_t num_heads;
   uint32_t num_kv_heads;
   uint32_t q_len;
-  uint32_t has_sinks;
-  uint32_t has_lse;
-  uint32_t undo_rotation;
 };
 
 // Storing new tokens: those of positions position..position + tokens; coded_begin..coded_end are coded.
@@ -65,7 +75,8 @@ struct TqEncodeParams {
   uint32_t position;
   uint32_t coded_begin;
   uint32_t coded_end;
-  uint32_t unit;    // positions that one threadgroup codes: a block, if there are blocks
+  uint32_t unit;    // positions that are coded together: a block, if there are blocks
+  uint32_t pieces;  // threadgroups that a unit is coded by
   uint32_t encode;  // csrc/format.h's Encode
   uint32_t has_starts;
   float k_norm_factor;

@@ -1,21 +1,51 @@
 // Merges the parts of attend.metal: one simdgroup a query row, whose lane groups take parts in turn. Undoes the
 // rotation, and puts rows where the caller wants them.
 //
-// Specialised by: TQ_HEAD_DIM, TQ_OUTPUT.
+// Specialised by: TQ_HEAD_DIM, TQ_OUTPUT, TQ_WIDE: whether the parts begin at a multiple of 16 bytes.
 #include <metal_stdlib>
 using namespace metal;
 
+#include "finish.h"
+#include "order.h"
 #include "params.h"
 #include "state.h"
 
 #define TQ_AT_ONCE 4u  // parts that a lane group reads before it adds them
 
+static inline void tq_load_part(device const float* part, uint lane, thread TqRow& row) {
+#if TQ_WIDE
+  tq_clear(row);
+  if (!tq_is_used(lane)) return;
+  device const float4* four = reinterpret_cast<device const float4*>(part + tq_place(lane) * TQ_LANE_DIMS);
+#pragma unroll
+  for (uint i = 0; i < TQ_LANE_DIMS / 4; ++i) {
+    const float4 numbers = four[i];
+    row.x[4 * i] = numbers.x;
+    row.x[4 * i + 1] = numbers.y;
+    row.x[4 * i + 2] = numbers.z;
+    row.x[4 * i + 3] = numbers.w;
+  }
+#else
+  tq_load(part, lane, row);
+#endif
+}
+
+// Every TQ_SIMD_ROWS-th part from `first` on; the last one again where there are no more.
+static inline void tq_load_parts(device const float* parts, uint first, uint count, uint lane,
+                                 thread TqRow (&rows)[TQ_AT_ONCE]) {
+#pragma unroll
+  for (uint i = 0; i < TQ_AT_ONCE; ++i) {
+    tq_load_part(parts + min(first + i * TQ_SIMD_ROWS, count - 1) * TQ_HEAD_DIM, lane, rows[i]);
+  }
+}
+
 // Row n of the parts, in the order of attend.metal, is sequence, KV head, token, head of its group; in `out` it is
 // sequence, head, token.
 kernel void tq_reduce(device const float* partials [[buffer(0)]], device const float* sinks [[buffer(1)]],
                       device TQ_OUTPUT* out [[buffer(2)]], device float* lse [[buffer(3)]],
-                      constant TqReduceParams& params [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
-                      uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                      constant TqReduceParams& params [[buffer(4)]], constant TqFinishParams& finish [[buffer(5)]],
+                      uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
+                      uint simdgroup [[simdgroup_index_in_threadgroup]],
                       uint simdgroups [[simdgroups_per_threadgroup]]) {
   const uint row = group * simdgroups + simdgroup;
   if (row >= params.rows) return;
@@ -25,12 +55,17 @@ kernel void tq_reduce(device const float* partials [[buffer(0)]], device const f
   const uint head = kv_head * heads_per_kv + row % heads_per_kv;
   const ulong to = ulong(head) * params.q_len + token;
 
-  // The largest logit comes first, so that the parts need not wait for each other.
+  tq_wait_for_earlier_kernels();
+  // The largest logit comes first, so that the parts need not wait for each other; and parts are read before it is
+  // known.
   device const float* sums = partials + (ulong(params.rows) * TQ_HEAD_DIM + ulong(row) * 2) * params.splits;
+  device const float* first_part = partials + ulong(row) * params.splits * TQ_HEAD_DIM;
+  const uint lane_group = lane / TQ_ROW_LANES;
+  TqRow parts[TQ_AT_ONCE];
+  tq_load_parts(first_part, lane_group, params.splits, lane, parts);
   TqState state;
   tq_start(state);
-  if (params.has_sinks != 0) state.largest = sinks[head % params.num_heads];  // a logit with a weight and no value
-  const uint lane_group = lane / TQ_ROW_LANES;
+  if (finish.has_sinks != 0) state.largest = sinks[head % params.num_heads];  // a logit with a weight and no value
   for (uint split = lane; split < params.splits; split += TQ_SIMD_LANES) {
     if (sums[2 * split] != 0.0f) state.largest = max(state.largest, sums[2 * split + 1]);
   }
@@ -38,22 +73,17 @@ kernel void tq_reduce(device const float* partials [[buffer(0)]], device const f
   for (uint step = 1; step < TQ_SIMD_LANES; step *= 2) {
     state.largest = max(state.largest, simd_shuffle_xor(state.largest, ushort(step)));
   }
-  for (uint first = lane_group; first < params.splits; first += TQ_AT_ONCE * TQ_SIMD_ROWS) {
-    TqRow parts[TQ_AT_ONCE];
-    float part_sums[TQ_AT_ONCE], factors[TQ_AT_ONCE];
+  for (uint first = lane_group; first < params.splits;) {
 #pragma unroll
     for (uint i = 0; i < TQ_AT_ONCE; ++i) {
-      const uint split = min(first + i * TQ_SIMD_ROWS, params.splits - 1);
-      tq_load(partials + (ulong(row) * params.splits + split) * TQ_HEAD_DIM, lane, parts[i]);
-      part_sums[i] = first + i * TQ_SIMD_ROWS < params.splits ? sums[2 * split] : 0.0f;
-      factors[i] = part_sums[i] != 0.0f ? tq_decay(sums[2 * split + 1], state.largest) : 0.0f;
+      const uint split = first + i * TQ_SIMD_ROWS;
+      if (split >= params.splits || sums[2 * split] == 0.0f) continue;  // and no numbers, perhaps
+      const float factor = tq_decay(sums[2 * split + 1], state.largest);
+      state.sum += sums[2 * split] * factor;
+      tq_add(factor, parts[i], state.out);
     }
-#pragma unroll
-    for (uint i = 0; i < TQ_AT_ONCE; ++i) {
-      if (part_sums[i] == 0.0f) continue;  // and no numbers, perhaps
-      state.sum += part_sums[i] * factors[i];
-      tq_add(factors[i], parts[i], state.out);
-    }
+    first += TQ_AT_ONCE * TQ_SIMD_ROWS;
+    if (first < params.splits) tq_load_parts(first_part, first, params.splits, lane, parts);
   }
 #pragma unroll
   for (uint step = TQ_ROW_LANES; step < TQ_SIMD_LANES; step *= 2) {
@@ -61,12 +91,6 @@ kernel void tq_reduce(device const float* partials [[buffer(0)]], device const f
 #pragma unroll
     for (uint i = 0; i < TQ_LANE_DIMS; ++i) state.out.x[i] += simd_shuffle_xor(state.out.x[i], ushort(step));
   }
-  if (params.has_sinks != 0) state.sum += tq_decay(sinks[head % params.num_heads], state.largest);
-  tq_scale(state.sum != 0.0f ? 1.0f / state.sum : 0.0f, state.out);
-  if (params.undo_rotation != 0) tq_undo_rotation(lane, state.out);
-  if (lane_group != 0) return;
-  tq_store(out + to * TQ_HEAD_DIM, lane, state.out);
-  if (params.has_lse != 0 && lane == 0) {
-    lse[to] = state.sum == 0.0f ? -INFINITY : state.largest + precise::log(state.sum);
-  }
+  if (finish.has_sinks != 0) state.sum += tq_decay(sinks[head % params.num_heads], state.largest);
+  tq_finish(state, finish, lane, lane_group == 0, to, out, lse);
 }

@@ -4,6 +4,7 @@
 #include <metal_stdlib>
 using namespace metal;
 
+#include "order.h"
 #include "row.h"
 
 // The row of this group of lanes; zeros for a group without one, which takes part in every exchange all the same.
@@ -25,6 +26,7 @@ kernel void tq_rotate_rows(device const TQ_INPUT* x [[buffer(0)]], device float*
                            constant uint& rows [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
                            uint simdgroup [[simdgroup_index_in_threadgroup]],
                            uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  tq_wait_for_earlier_kernels();
   const uint index = tq_row_index(group * simdgroups + simdgroup, lane);
   TqRow row;
   tq_load_row(x, index, rows, lane, row);
@@ -37,6 +39,7 @@ kernel void tq_undo_rotation_of_rows(device const TQ_INPUT* x [[buffer(0)]], dev
                                      uint simdgroup [[simdgroup_index_in_threadgroup]],
                                      uint simdgroups [[simdgroups_per_threadgroup]],
                                      uint lane [[thread_index_in_simdgroup]]) {
+  tq_wait_for_earlier_kernels();
   const uint index = tq_row_index(group * simdgroups + simdgroup, lane);
   TqRow row;
   tq_load_row(x, index, rows, lane, row);

@@ -12,13 +12,16 @@ using at::Tensor;
 
 constexpr uint32_t kQueries = 2;
 constexpr uint32_t kThreadgroupsOfMultiprocessor = 8;  // fewer leave it waiting for memory
+constexpr uint32_t kEncodeWarps = 16;
 
 gpu::Device describe(c10::Device device) {
-  const auto attribute = [&](int name) { return static_cast<uint32_t>(device_attribute(name, device.index())); };
-  const uint32_t processors = attribute(kMultiprocessors);
-  const bool has_matrices = attribute(kMajorVersion) >= 8;
-  return {kQueries, kThreadgroupsOfMultiprocessor * processors, has_matrices ? processors : 0,
-          attribute(kMaxSharedBytesOfKernel)};
+  const DeviceProperties& its = properties(device.index());
+  gpu::Device described{kQueries, kThreadgroupsOfMultiprocessor * its.processors};
+  described.matrix_processors = its.version >= 80 ? its.processors : 0;
+  described.matrix_bytes = its.shared_bytes;
+  described.encode_simdgroups = kEncodeWarps;
+  described.encode_threadgroups = its.processors;
+  return described;
 }
 
 class CudaBackend final : public Backend {
@@ -26,7 +29,10 @@ class CudaBackend final : public Backend {
   void rotate(const Tensor& x, bool inverse, const Tensor& out) const override {
     launch(gpu::plan_rotate(x, inverse, out), x.device());
   }
-  void encode(const EncodeCall& call) const override { launch(gpu::plan_encode(call), call.inputs.front().x.device()); }
+  void encode(const EncodeCall& call) const override {
+    const c10::Device device = call.inputs.front().x.device();
+    launch(gpu::plan_encode(call, describe(device)), device);
+  }
   void attend(const AttendCall& call) const override {
     const c10::Device device = call.q.device();
     launch(gpu::plan_attend(call, describe(device)), device);

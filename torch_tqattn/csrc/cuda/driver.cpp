@@ -1,13 +1,19 @@
 #include "driver.h"
 
 #include <ATen/Context.h>
+#include <c10/core/Device.h>
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
 
+#include <array>
+#include <limits>
+#include <mutex>
 #include <string>
 
 namespace tqattn::cuda {
 namespace {
+
+constexpr int kEarlyStartsInGraphs = 12030;  // CUDA 12.3
 
 // This library of PyTorch depends on the NVRTC that belongs to it and on the driver: it finds both.
 void* open_libraries() {
@@ -49,11 +55,25 @@ void check(int result, const char* what) {
   TORCH_CHECK(false, what, ": CUDA error ", result, ", ", text != nullptr ? text : "which the driver does not know");
 }
 
-int device_attribute(int attribute, int device) {
-  int handle = 0, value = 0;
-  check(driver().cuDeviceGet(&handle, device), "cuDeviceGet");
-  check(driver().cuDeviceGetAttribute(&value, attribute, handle), "cuDeviceGetAttribute");
-  return value;
+const DeviceProperties& properties(int device) {
+  constexpr int kMost = std::numeric_limits<c10::DeviceIndex>::max() + 1;
+  static std::array<std::once_flag, kMost> flags;
+  static std::array<DeviceProperties, kMost> known;
+  DeviceProperties& found = known.at(device);
+  std::call_once(flags.at(device), [&] {
+    int handle = 0, driver_version = 0;
+    check(driver().cuDeviceGet(&handle, device), "cuDeviceGet");
+    check(driver().cuDriverGetVersion(&driver_version), "cuDriverGetVersion");
+    const auto attribute = [&](int name) {
+      int value = 0;
+      check(driver().cuDeviceGetAttribute(&value, name, handle), "cuDeviceGetAttribute");
+      return static_cast<uint32_t>(value);
+    };
+    const uint32_t version = 10 * attribute(kMajorVersion) + attribute(kMinorVersion);
+    found = {attribute(kMultiprocessors), version, attribute(kMaxSharedBytesOfKernel),
+             version >= 90 && driver_version >= kEarlyStartsInGraphs};
+  });
+  return found;
 }
 
 }  // namespace tqattn::cuda

@@ -17,6 +17,7 @@ using gpu::Argument;
 using gpu::Launch;
 
 constexpr uint32_t kSimdLanes = 32;
+constexpr uint32_t kMostGroups = 65535;  // of a grid, in its second and third dimension
 
 uint32_t count_groups(const Launch& launch) {
   uint64_t count = 1;
@@ -41,9 +42,8 @@ void check_limits(const Launch& launch, const LoadedKernel& kernel, c10::DeviceI
   TORCH_CHECK(threads <= static_cast<uint32_t>(kernel.max_threads), name, " is launched with ", threads,
               " threads a block; on this device it may have ", kernel.max_threads);
   const uint32_t bytes = kernel.shared_bytes + shared_bytes(launch);
-  const int available = device_attribute(kMaxSharedBytesOfKernel, device);
-  TORCH_CHECK(bytes <= static_cast<uint32_t>(available), name, " needs ", bytes,
-              " bytes of shared memory; this device has ", available);
+  const uint32_t available = properties(device).shared_bytes;
+  TORCH_CHECK(bytes <= available, name, " needs ", bytes, " bytes of shared memory; this device has ", available);
 }
 
 void* address(const Launch& launch, size_t index) {
@@ -75,9 +75,23 @@ void launch(const std::vector<Launch>& launches, c10::Device device) {
       }
     }
     parameters[count] = const_cast<uint32_t*>(launch.groups.data());
-    check(driver().cuLaunchKernel(kernel.function, count_groups(launch), 1, 1, launch.simdgroups * kSimdLanes, 1, 1,
-                                  shared_bytes(launch), stream, parameters.data(), nullptr),
-          launch.kernel.name);
+    // Every kernel waits for those ahead of it by itself (shaders/order.h).
+    LaunchAttribute early{};
+    early.id = kProgrammaticStreamSerialization;
+    early.value = 1;
+    LaunchConfig config{};
+    const auto& groups = launch.groups;
+    const bool fits = groups[1] <= kMostGroups && groups[2] <= kMostGroups;  // else all are counted in one dimension
+    config.grid[0] = fits ? groups[0] : count_groups(launch);
+    config.grid[1] = fits ? groups[1] : 1;
+    config.grid[2] = fits ? groups[2] : 1;
+    config.block[0] = launch.simdgroups * kSimdLanes;
+    config.block[1] = config.block[2] = 1;
+    config.shared_bytes = shared_bytes(launch);
+    config.stream = stream;
+    config.attributes = &early;
+    config.attribute_count = properties(device.index()).starts_early ? 1 : 0;
+    check(driver().cuLaunchKernelEx(&config, kernel.function, parameters.data(), nullptr), launch.kernel.name);
   }
 }
 

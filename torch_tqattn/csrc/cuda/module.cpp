@@ -1,10 +1,12 @@
 #include "module.h"
 
 #include <c10/util/Exception.h>
+#include <c10/util/hash.h>
 
 #include <map>
 #include <mutex>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "cuda_shader_sources.h"
@@ -38,9 +40,8 @@ class RelaxedCapture {
 
 // The machine code of all kernels of the shader with these macros.
 std::vector<char> compile(const gpu::Kernel& kernel, c10::DeviceIndex device) {
-  const int version = 10 * device_attribute(kMajorVersion, device) + device_attribute(kMinorVersion, device);
   // The shaders' functions do not say that they are for the device; their lines are for debuggers and sanitisers.
-  std::vector<std::string> options{"--gpu-architecture=sm_" + std::to_string(version), "--std=c++17",
+  std::vector<std::string> options{"--gpu-architecture=sm_" + std::to_string(properties(device).version), "--std=c++17",
                                    "--device-as-default-execution-space", "--generate-line-info", "--disable-warnings"};
   for (const auto& [name, value] : kernel.macros) options.push_back(std::string("-D") + name + "=" + value);
   std::vector<const char*> texts;
@@ -71,13 +72,30 @@ std::vector<char> compile(const gpu::Kernel& kernel, c10::DeviceIndex device) {
   return image;
 }
 
+struct Found {
+  c10::DeviceIndex device;
+  gpu::Kernel kernel;
+  LoadedKernel loaded;
+};
+
+// Names are literals: where the same one is in two places, its kernel is found twice.
+bool is_of(const Found& found, const gpu::Kernel& kernel, c10::DeviceIndex device) {
+  return found.device == device && found.kernel.name == kernel.name && found.kernel.macros == kernel.macros;
+}
+
+size_t hash_of(const gpu::Kernel& kernel, c10::DeviceIndex device) {
+  size_t hash = c10::get_hash(device, kernel.name);
+  for (const auto& [name, value] : kernel.macros) hash = c10::hash_combine(hash, c10::get_hash(value));
+  return hash;
+}
+
 LoadedKernel load(const gpu::Kernel& kernel, Module module, c10::DeviceIndex device) {
   LoadedKernel loaded{};
   check(driver().cuModuleGetFunction(&loaded.function, module, kernel.name), kernel.name);
   check(driver().cuFuncGetAttribute(&loaded.max_threads, kMaxThreadsPerBlock, loaded.function), kernel.name);
   check(driver().cuFuncGetAttribute(&loaded.shared_bytes, kSharedBytes, loaded.function), kernel.name);
   // Beyond 48 KB the driver wants to be told.
-  const int available = device_attribute(kMaxSharedBytesOfKernel, device) - loaded.shared_bytes;
+  const int available = static_cast<int>(properties(device).shared_bytes) - loaded.shared_bytes;
   check(driver().cuFuncSetAttribute(loaded.function, kMaxDynamicSharedBytes, available), kernel.name);
   return loaded;
 }
@@ -85,15 +103,17 @@ LoadedKernel load(const gpu::Kernel& kernel, Module module, c10::DeviceIndex dev
 }  // namespace
 
 const LoadedKernel& find_kernel(const gpu::Kernel& kernel, c10::DeviceIndex device) {
+  make_context_current(device);
   // Never destroyed: threads may still be running kernels while the process ends.
   static auto* mutex = new std::mutex;
   static auto* modules = new std::map<std::string, Module>;
-  static auto* kernels = new std::map<std::string, LoadedKernel>;
-  make_context_current(device);
-  const std::string key = std::to_string(device) + " " + gpu::describe(kernel);
+  static auto* kernels = new std::unordered_multimap<size_t, Found>;
+  const size_t hash = hash_of(kernel, device);
   const std::lock_guard<std::mutex> lock(*mutex);
-  const auto found = kernels->find(key);
-  if (found != kernels->end()) return found->second;
+  const auto [begin, end] = kernels->equal_range(hash);
+  for (auto found = begin; found != end; ++found) {
+    if (is_of(found->second, kernel, device)) return found->second.loaded;
+  }
   const RelaxedCapture relaxed;
   // The kernels of a shader are compiled together.
   const std::string module_key = std::to_string(device) + " " + gpu::describe({kernel.shader, "all", kernel.macros});
@@ -103,7 +123,7 @@ const LoadedKernel& find_kernel(const gpu::Kernel& kernel, c10::DeviceIndex devi
     check(driver().cuModuleLoadData(&module, image.data()), kernel.name);
     modules->emplace(module_key, module);
   }
-  return kernels->emplace(key, load(kernel, modules->at(module_key), device)).first->second;
+  return kernels->emplace(hash, Found{device, kernel, load(kernel, modules->at(module_key), device)})->second.loaded;
 }
 
 }  // namespace tqattn::cuda

@@ -12,12 +12,13 @@ namespace {
 using at::Tensor;
 
 constexpr uint32_t kSimdLanes = 32;
-constexpr uint32_t kLaneNumbers = 16;     // of a row, in one lane of a simdgroup
-constexpr uint32_t kSimdgroups = 4;       // of a threadgroup, unless there is a reason for another number
-constexpr int64_t kWordBytes = 4;         // codes are read in words
-constexpr int64_t kFewestPositions = 64;  // of a simdgroup: fewer cost more to merge than they save
-constexpr int64_t kMatrixPositions = 16;  // that a simdgroup of attend_matrix.metal takes at a time
-constexpr uintptr_t kMatrixBytes = 16;    // that it reads at a time
+constexpr uint32_t kLaneNumbers = 16;      // of a row, in one lane of a simdgroup
+constexpr uint32_t kSimdgroups = 4;        // of a threadgroup, unless there is a reason for another number
+constexpr uint32_t kMatrixSimdgroups = 8;  // of a threadgroup of attend_matrix.metal, at least
+constexpr int64_t kWordBytes = 4;          // codes are read in words
+constexpr int64_t kFewestPositions = 64;   // of a simdgroup: fewer cost more to merge than they save
+constexpr int64_t kMatrixPositions = 16;   // that a simdgroup of attend_matrix.metal takes at a time: a tile
+constexpr uintptr_t kMatrixBytes = 16;     // that it reads at a time
 
 using Macros = std::vector<std::pair<const char*, std::string>>;
 
@@ -94,6 +95,7 @@ struct Variant {
   int64_t fewest_positions;  // of a simdgroup
   uint32_t threadgroups;     // how many keep the device busy
   uint32_t (*floats)(const AttendCall& call, uint32_t queries, uint32_t simdgroups);  // of threadgroup memory
+  bool finishes;  // whether it leaves results, not parts, where there is but one part
 };
 
 uint32_t attend_floats(const AttendCall& call, uint32_t queries, uint32_t simdgroups) {
@@ -107,7 +109,21 @@ uint32_t table_entries(const Side& side) {
 uint32_t attend_matrix_floats(const AttendCall& call, uint32_t queries, uint32_t simdgroups) {
   const uint32_t head_dim = static_cast<uint32_t>(call.q.size(3));
   const uint32_t entries = std::max(table_entries(call.k), table_entries(call.v));
-  return std::max(entries * 2 * kSimdLanes + queries * (head_dim + 16), simdgroups * queries * (head_dim + 6));
+  return std::max(entries * 2 * kSimdLanes + queries * (head_dim + 16), (simdgroups + 1) * queries * (head_dim + 6));
+}
+
+// Whether the store, and blocks, if there are any, are cut into whole tiles. A tile of dense values may not be whole:
+// what follows its positions need not be a number, and even with a weight of 0 would be added.
+bool is_whole(const AttendCall& call) {
+  const bool has_means = call.k.means.has_value() || call.v.means.has_value();
+  const bool has_whole_blocks = !has_means || call.params.block_size % kMatrixPositions == 0;
+  return call.params.slots % kMatrixPositions == 0 && has_whole_blocks && call.v.codebook != nullptr;
+}
+
+// Whether attend_matrix.metal's loads can find this side's rows.
+bool is_near(const Side& side) {
+  const int64_t row_bytes = side.codes.size(3) * side.codes.element_size();
+  return side.codes.size(2) * row_bytes <= std::numeric_limits<uint32_t>::max();
 }
 
 bool is_aligned(const OptionalTensor& x) {
@@ -116,32 +132,34 @@ bool is_aligned(const OptionalTensor& x) {
 
 bool is_aligned(const Side& side) { return is_aligned(side.codes) && is_aligned(side.means) && is_aligned(side.tail); }
 
-Variant choose_variant(const AttendCall& call, int64_t group_rows, const Device& device) {
+Variant choose_variant(const AttendCall& call, const Tensor& q, int64_t group_rows, const Device& device) {
   const int64_t head_dim = call.q.size(3);
   const bool is_half = call.q.scalar_type() == at::kHalf || call.q.scalar_type() == at::kBFloat16;
-  if (is_half && head_dim % 64 == 0 && head_dim <= 256 && is_aligned(call.k) && is_aligned(call.v)) {
+  const bool has_rows = is_aligned(call.k) && is_aligned(call.v) && is_near(call.k) && is_near(call.v);
+  if (is_half && head_dim % 64 == 0 && head_dim <= 256 && has_rows && is_aligned(q)) {
     const uint32_t queries = group_rows > 8 && head_dim <= 128 ? 16 : 8;
     const uint32_t simdgroups = TQ_MATRIX_THREADS(head_dim, queries) / kSimdLanes;
-    const Variant variant{"attend_matrix",          "tq_attend_matrix",  queries, simdgroups, kMatrixPositions,
-                          device.matrix_processors, attend_matrix_floats};
+    const Variant variant{"attend_matrix",          "tq_attend_matrix",   queries, simdgroups, kMatrixPositions,
+                          device.matrix_processors, attend_matrix_floats, true};
     const uint32_t bytes = padded_bytes(variant.floats(call, variant.queries, simdgroups));
     const bool is_able = device.matrix_processors > 0 && bytes <= device.matrix_bytes;
     if (is_able && call.simdgroups <= simdgroups) return variant;
   }
   const uint32_t rows = power_of_two_from(to_count(group_rows, "query rows"));
-  return {"attend",     "tq_attend", std::min(device.queries, rows), kSimdgroups, kFewestPositions, device.threadgroups,
-          attend_floats};
+  return {
+      "attend",      "tq_attend", std::min(device.queries, rows), kSimdgroups, kFewestPositions, device.threadgroups,
+      attend_floats, false};
 }
 
 Launch reduce_launch(const Tensor& partials, const OptionalTensor& sinks, const Tensor& out, const OptionalTensor& lse,
-                     TqReduceParams params, int64_t head_dim) {
-  params.has_sinks = sinks.has_value();
-  params.has_lse = lse.has_value();
+                     const TqReduceParams& params, const TqFinishParams& finish, int64_t head_dim) {
   return {{"reduce",
            "tq_reduce",
-           {{"TQ_HEAD_DIM", std::to_string(head_dim)}, {"TQ_OUTPUT", shader_type(out.scalar_type())}}},
-          {Argument(partials), sinks.has_value() ? Argument(sinks->to(at::kFloat).contiguous()) : Argument::unused(),
-           Argument(out), optional(lse), Argument::value(params)},
+           {{"TQ_HEAD_DIM", std::to_string(head_dim)},
+            {"TQ_OUTPUT", shader_type(out.scalar_type())},
+            {"TQ_WIDE", is_aligned(partials) ? "1" : "0"}}},
+          {Argument(partials), optional(sinks), Argument(out), optional(lse), Argument::value(params),
+           Argument::value(finish)},
           {params.rows, 1, 1},
           1};
 }
@@ -158,7 +176,7 @@ std::vector<Launch> plan_rotate(const Tensor& x, bool inverse, const Tensor& out
            kSimdgroups}};
 }
 
-std::vector<Launch> plan_encode(const EncodeCall& call) {
+std::vector<Launch> plan_encode(const EncodeCall& call, const Device& device) {
   const EncodeCall::Input& k = call.inputs.front();
   const EncodeCall::Input& v = call.inputs.back();
   const uint32_t sides = static_cast<uint32_t>(call.inputs.size());
@@ -195,12 +213,17 @@ std::vector<Launch> plan_encode(const EncodeCall& call) {
     add_store(arguments, v.side);
     arguments.push_back(optional(call.starts));
     arguments.push_back(Argument::value(params));
-    launches.push_back(
-        {{"encode", "tq_encode", macros},
-         std::move(arguments),
-         {divide_up(params.coded_end - params.coded_begin, params.unit), to_count(heads, "heads"), sides},
-         kSimdgroups,
-         {padded_bytes(kSimdgroups * (head_dim + 1))}});
+    const uint32_t units = divide_up(params.coded_end - params.coded_begin, params.unit);
+    const uint32_t simdgroups = std::clamp(divide_up(params.unit, simd_rows(head_dim)), kSimdgroups,
+                                           std::max(device.encode_simdgroups, kSimdgroups));
+    const int64_t pieces = device.encode_threadgroups / (int64_t{units} * heads * sides);
+    params.pieces = static_cast<uint32_t>(std::clamp<int64_t>(pieces, 1, divide_up(params.unit, group_rows)));
+    arguments.back() = Argument::value(params);
+    launches.push_back({{"encode", "tq_encode", macros},
+                        std::move(arguments),
+                        {to_count(int64_t{units} * params.pieces, "threadgroups"), to_count(heads, "heads"), sides},
+                        simdgroups,
+                        {padded_bytes(simdgroups * (head_dim + 1))}});
   }
   if (k.side.tail.has_value() && tokens > 0) {
     // After the blocks have been coded: their oldest rows may lie where the newest tokens go.
@@ -216,15 +239,26 @@ std::vector<Launch> plan_encode(const EncodeCall& call) {
 std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
   const int64_t head_dim = call.q.size(3), batch = call.q.size(0);
   TqAttendParams params = call.params;
+  const Tensor q = call.q.contiguous();
   const int64_t group_rows = int64_t{params.q_len} * params.num_heads / params.num_kv_heads;
-  const Variant variant = choose_variant(call, group_rows, device);
+  const Variant variant = choose_variant(call, q, group_rows, device);
   const int64_t tiles = (group_rows + variant.queries - 1) / variant.queries;
   int64_t positions = int64_t{params.length} - params.start;
   if (params.window > 0) positions = std::min<int64_t>(positions, int64_t{params.window} + params.q_len - 1);
   uint32_t simdgroups = static_cast<uint32_t>(call.simdgroups);
-  if (simdgroups == 0) simdgroups = positions > variant.simdgroups * variant.fewest_positions ? variant.simdgroups : 1;
+  const int64_t tasks = batch * params.num_kv_heads * tiles;
+  if (simdgroups == 0) {
+    simdgroups = variant.simdgroups;
+    const int64_t fewest = variant.fewest_positions;
+    if (variant.finishes) {
+      // As few as will do once positions are spread over the device: they share its processors' time.
+      const int64_t spread = positions * tasks / (2 * fewest) / std::max(variant.threadgroups, 1u) + 1;
+      simdgroups = std::clamp<int64_t>(spread, std::min(kMatrixSimdgroups, simdgroups), simdgroups);
+    } else if (positions <= simdgroups * fewest) {
+      simdgroups = 1;
+    }
+  }
   if (params.splits == 0) {
-    const int64_t tasks = batch * params.num_kv_heads * tiles;
     const int64_t most = std::max<int64_t>(positions / (simdgroups * variant.fewest_positions), 1);
     params.splits = static_cast<uint32_t>(std::clamp<int64_t>(variant.threadgroups / tasks, 1, most));
   }
@@ -234,12 +268,25 @@ std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
   params.rotate_q = call.rotate_q;
   params.k_norm_factor = call.k.norm_factor;
   params.v_norm_factor = call.v.norm_factor;
+  params.heads_per_kv = params.num_heads / params.num_kv_heads;
+  params.query_tiles = to_count(tiles, "threadgroups");
+  params.first_slot = params.slots > 0 ? params.start % params.slots : 0;
+  params.mean_ring = params.block_size > 0 ? params.slots / params.block_size : 1;
 
   const int64_t rows = batch * params.num_heads * params.q_len;
-  const Tensor partials = call.partials.has_value()
-                              ? *call.partials
-                              : at::empty({rows * params.splits * (head_dim + 2)}, call.q.options().dtype(at::kFloat));
-  const Tensor q = call.q.contiguous();
+  const OptionalTensor sinks =
+      call.sinks.has_value() ? OptionalTensor(call.sinks->to(at::kFloat).contiguous()) : std::nullopt;
+  TqFinishParams finish{};
+  finish.is_finished = variant.finishes && params.splits == 1 && !call.partials.has_value();
+  finish.has_sinks = sinks.has_value();
+  finish.has_lse = call.lse.has_value();
+  finish.undo_rotation = call.undo_rotation;
+  Tensor partials;
+  if (call.partials.has_value()) {
+    partials = *call.partials;
+  } else if (finish.is_finished == 0) {
+    partials = at::empty({rows * params.splits * (head_dim + 2)}, call.q.options().dtype(at::kFloat));
+  }
   Macros macros = store_macros(call.k, call.v, head_dim);
   macros.emplace_back("TQ_INPUT", shader_type(q.scalar_type()));
   macros.emplace_back("TQ_QUERIES", std::to_string(variant.queries));
@@ -249,21 +296,31 @@ std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
   arguments.push_back(optional(call.mask));
   arguments.push_back(optional(call.starts));
   arguments.push_back(optional(call.lengths));
-  arguments.emplace_back(partials);
+  arguments.push_back(partials.defined() ? Argument(partials) : Argument::unused());
   arguments.push_back(Argument::value(params));
+  if (variant.finishes) {
+    macros.emplace_back("TQ_WHOLE", is_whole(call) ? "1" : "0");
+    macros.emplace_back("TQ_OUTPUT", shader_type(call.out.scalar_type()));
+    arguments.push_back(optional(sinks));
+    arguments.emplace_back(call.out);
+    arguments.push_back(optional(call.lse));
+    arguments.push_back(Argument::value(finish));
+  }
   TqReduceParams reduce{};
   reduce.rows = to_count(rows, "query rows");
   reduce.splits = params.splits;
   reduce.num_heads = params.num_heads;
   reduce.num_kv_heads = params.num_kv_heads;
   reduce.q_len = params.q_len;
-  reduce.undo_rotation = call.undo_rotation;
-  return {{{variant.shader, variant.kernel, std::move(macros)},
-           std::move(arguments),
-           {params.splits, to_count(params.num_kv_heads * tiles, "threadgroups"), params.batch},
-           simdgroups,
-           {padded_bytes(variant.floats(call, variant.queries, simdgroups))}},
-          reduce_launch(partials, call.sinks, call.out, call.lse, reduce, head_dim)};
+  std::vector<Launch> launches{{{variant.shader, variant.kernel, std::move(macros)},
+                                std::move(arguments),
+                                {params.splits, to_count(params.num_kv_heads * tiles, "threadgroups"), params.batch},
+                                simdgroups,
+                                {padded_bytes(variant.floats(call, variant.queries, simdgroups))}}};
+  if (finish.is_finished == 0) {
+    launches.push_back(reduce_launch(partials, sinks, call.out, call.lse, reduce, finish, head_dim));
+  }
+  return launches;
 }
 
 std::vector<Launch> plan_decode(const DecodeCall& call) {
@@ -302,8 +359,9 @@ std::vector<Launch> plan_reduce(const ReduceCall& call) {
   params.splits = to_count(call.splits, "splits");
   params.num_heads = params.num_kv_heads = params.rows;
   params.q_len = 1;
-  params.undo_rotation = call.undo_rotation;
-  return {reduce_launch(call.partials, std::nullopt, call.out, std::nullopt, params, call.head_dim)};
+  TqFinishParams finish{};
+  finish.undo_rotation = call.undo_rotation;
+  return {reduce_launch(call.partials, std::nullopt, call.out, std::nullopt, params, finish, call.head_dim)};
 }
 
 }  // namespace tqattn::gpu

@@ -16,10 +16,12 @@ struct Device {
   // run there, or does not pay.
   uint32_t matrix_processors = 0;
   uint32_t matrix_bytes = 0;
+  uint32_t encode_simdgroups = 4;    // at most, of a threadgroup that codes a block
+  uint32_t encode_threadgroups = 1;  // among so many, blocks are coded in pieces
 };
 
 std::vector<Launch> plan_rotate(const at::Tensor& x, bool inverse, const at::Tensor& out);
-std::vector<Launch> plan_encode(const EncodeCall& call);
+std::vector<Launch> plan_encode(const EncodeCall& call, const Device& device);
 std::vector<Launch> plan_attend(const AttendCall& call, const Device& device);
 std::vector<Launch> plan_decode(const DecodeCall& call);
 std::vector<Launch> plan_reduce(const ReduceCall& call);

@@ -26,7 +26,7 @@ class MpsBackend final : public Backend {
   void rotate(const Tensor& x, bool inverse, const Tensor& out) const override {
     mps::encode(gpu::plan_rotate(x, inverse, out));
   }
-  void encode(const EncodeCall& call) const override { mps::encode(gpu::plan_encode(call)); }
+  void encode(const EncodeCall& call) const override { mps::encode(gpu::plan_encode(call, device())); }
   void attend(const AttendCall& call) const override { mps::encode(gpu::plan_attend(call, device())); }
   void decode(const DecodeCall& call) const override { mps::encode(gpu::plan_decode(call)); }
   void reduce(const ReduceCall& call) const override { mps::encode(gpu::plan_reduce(call)); }
