@@ -9,8 +9,8 @@
 //
 // Where one threadgroup has all positions of its queries, it also does what reduce.metal does.
 //
-// Specialised as attend.metal, but TQ_QUERIES is 8 or 16; and by
-// TQ_OUTPUT, and TQ_WHOLE: whether the store, and blocks, if there are any, are cut into whole tiles.
+// Specialised as attend.metal, but TQ_QUERIES is 8 or 16; and by TQ_OUTPUT, and TQ_WHOLE: whether the store, and
+// blocks, if there are any, are cut into whole tiles.
 #include <metal_stdlib>
 using namespace metal;
 
