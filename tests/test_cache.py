@@ -2,7 +2,9 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -1312,6 +1314,29 @@ def test_a_compiled_loop_is_one_graph_that_lengths_do_not_recompile(balanced: bo
         assert torch.equal(compiled(caches[0], q, k, v), loop(caches[1], q, k, v))
     # Lengths 0 and 1 are always special to the compiler; then any length without, and any with, a block that is coded.
     assert counter.frame_count <= 5
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_a_cache_is_made_and_grown_within_a_graph(window: int | None) -> None:
+    def first_step(q: Tensor, kv: Tensor) -> Tensor:
+        cache = tq.KVCache(1, 2, 64, 16, block_size=16, window=window)
+        cache.grow(128)
+        return cache.step(q, kv, kv)[0]
+
+    torch._dynamo.reset()
+    q, kv = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 1, 64)
+    assert torch.equal(torch.compile(first_step, fullgraph=True, backend="eager")(q, kv), first_step(q, kv))
+
+
+def test_what_follows_from_a_configuration_follows_from_a_changed_one() -> None:
+    cache = tq.KVCache(2, 2, 64, 16, "tq4", "tq4", block_size=16)
+    assert (cache.config.slots, cache.config.is_ring) == (16, False)
+    for change, slots in ((lambda: cache.grow(100), 96), (lambda: cache.select([0]), 96)):
+        change()
+        assert cache.config.slots == cache._k.codes.shape[2] == slots
+    assert replace(cache.config, window=32).is_ring
+    assert replace(cache.config, k_format="f16", v_format="f16").block == 0
+    assert pickle.loads(pickle.dumps(cache.config)) == copy.deepcopy(cache.config) == cache.config
 
 
 # Room, device, late padding

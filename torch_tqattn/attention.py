@@ -192,23 +192,14 @@ class TQAttention(nn.Module):
         cache = self.cache
         if cache is None:
             cache = self._allocate(q.shape[0], q.device)
-        cache.check_room(q.shape[2])  # for the whole prompt, before its first part is written
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
-        outs: list[Tensor] = []
-        done = 0
-        while done < q.shape[2] or not outs:
-            # Cut where blocks are coded: a query then sees its own block dense, as it does when tokens come one by one.
-            chunk = min(q.shape[2] - done, cache._tokens_at_once())
-            part = slice(done, done + chunk)
-            done += chunk
-            mask = attn_mask
-            if mask is not None and chunk < q.shape[2]:
-                mask = self._mask_part(mask, part, q.shape[2], len(cache) + q.shape[2] - part.start)
-            tokens = (q[:, :, part], k[:, :, part], v[:, :, part])
-            outs.append(cache.step(*tokens, attn_mask=mask, left_padding=left_padding, **options)[0])
-            left_padding = None
-        self.cache = cache  # a first call that failed leaves no cache behind
-        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+        if q.shape[2] <= cache._tokens_at_once():
+            out, _ = cache.step(q, k, v, attn_mask=attn_mask, left_padding=left_padding, **options)
+        else:
+            out = self._in_parts(cache, q, k, v, attn_mask, left_padding, options)
+        if self.cache is None:
+            self.cache = cache  # a first call that failed leaves no cache behind
+        return out
 
     def reset(self) -> None:
         """Forget all tokens, and the batch size with them."""
@@ -228,6 +219,31 @@ class TQAttention(nn.Module):
         cache = self._allocate(state["config"]["batch_size"], state["tensors"]["k_codes"].device)
         cache.load_state_dict(state)
         self.cache = cache
+
+    def _in_parts(
+        self,
+        cache: KVCache,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        left_padding: Tensor | Sequence[int] | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """`forward` of a prompt that codes blocks on its way."""
+        tokens = q.shape[2]
+        cache.check_room(tokens)  # for the whole prompt, before its first part is written
+        outs: list[Tensor] = []
+        done = 0
+        while done < tokens:
+            # Cut where blocks are coded: a query then sees its own block dense, as it does when tokens come one by one.
+            part = slice(done, min(done + cache._tokens_at_once(), tokens))
+            mask = None if attn_mask is None else self._mask_part(attn_mask, part, tokens, len(cache) + tokens - done)
+            tensors = (q[:, :, part], k[:, :, part], v[:, :, part])
+            outs.append(cache.step(*tensors, attn_mask=mask, left_padding=left_padding, **options)[0])
+            left_padding = None  # comes with the first of them
+            done = part.stop
+        return torch.cat(outs, dim=2)
 
     def _mask_part(self, mask: Tensor, part: slice, tokens: int, positions: int) -> Tensor:
         """The rows of a mask [..., tokens or 1, positions] for some of the tokens, and the positions up to them."""

@@ -2,9 +2,9 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,32 @@ from .reference import to_half
 MAX_WINDOW_QUERIES = 128
 
 
+T = TypeVar("T")
+
+
+class _Once(Generic[T]):
+    """A property of an immutable object, worked out when it is first read.
+
+    functools.cached_property is the same with a lock before Python 3.12, which torch.compile cannot trace.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> T:
+        value = instance.__dict__[self._name] = self._compute(instance)
+        return value
+
+
 @dataclass(frozen=True)
 class CacheConfig:
-    """What a cache is made of; everything but its contents."""
+    """What a cache is made of; everything but its contents.
+
+    It never changes, so what follows from it is worked out once.
+    """
 
     batch_size: int
     num_kv_heads: int
@@ -53,36 +76,36 @@ class CacheConfig:
         if self.encode not in fmt.ENCODES:
             raise ValueError(f"unknown encode {self.encode!r}; choose one of {', '.join(fmt.ENCODES)}")
 
-    @property
+    @_Once
     def formats(self) -> tuple[fmt.Format, fmt.Format]:
         return fmt.FORMATS[self.k_format], fmt.FORMATS[self.v_format]
 
-    @property
+    @_Once
     def is_coded(self) -> bool:
         return any(side.is_coded for side in self.formats)
 
-    @property
+    @_Once
     def block(self) -> int:
         """Positions coded at a time; 0 if each token is stored as it comes, as in a cache that codes nothing."""
         return self.block_size if self.is_coded else 0
 
-    @property
+    @_Once
     def sink_rows(self) -> int:
         """Rows of the tail for each sequence's first tokens; 0 in a cache that codes nothing, where all are dense."""
         return self.sink_length if self.is_coded else 0
 
-    @property
+    @_Once
     def is_ring(self) -> bool:
         return self.window is not None and self.capacity >= self.window
 
-    @property
+    @_Once
     def slots(self) -> int:
         unit = self.block or 1
-        if self.window is not None and self.is_ring:
+        if self.is_ring and self.window is not None:
             return -(-(self.window + MAX_WINDOW_QUERIES - 1) // unit) * unit
         return self.capacity // unit * unit  # what is left of a block waits in the tail
 
-    @property
+    @_Once
     def tail_slots(self) -> int:
         """Rows of the tail's ring, which come after the sink rows."""
         return self.block + self.residual_length if self.block else 0
@@ -264,13 +287,13 @@ class KVCache:
             self._balanced_keys(k),
             v,
             *self._stores(),
-            position=self._length,
-            coded=self._coded,
-            coded_end=coded_end,
-            block_size=self.config.block,
-            sink_length=self.config.sink_rows,
-            starts=starts,
-            encode=self.config.encode,
+            self._length,
+            self._coded,
+            coded_end,
+            self.config.block,
+            self.config.sink_rows,
+            starts,
+            self.config.encode,
         )
         self._advance(k.shape[2], coded_end, starts)
 
@@ -304,22 +327,22 @@ class KVCache:
             self._balanced_keys(k),
             v,
             *self._stores(),
-            start=begin,
-            position=self._length,
-            coded=self._coded,
-            coded_end=coded_end,
-            block_size=self.config.block,
-            sink_length=self.config.sink_rows,
-            encode=self.config.encode,
-            scale=scale,
-            softcap=softcap,
-            window=self.config.window or 0,
-            sinks=sinks,
-            mask=_three_dimensional(attn_mask),
-            starts=starts,
+            begin,
+            self._length,
+            self._coded,
+            coded_end,
+            self.config.block,
+            self.config.sink_rows,
+            self.config.encode,
+            scale,
+            softcap,
+            self.config.window or 0,
+            sinks,
+            _three_dimensional(attn_mask),
+            starts,
         )
         self._advance(tokens, coded_end, starts)
-        return out.to(q.dtype), lse
+        return self._as_asked(out, q), lse
 
     def check_room(self, tokens: int) -> None:
         """ValueError if `tokens` more do not fit."""
@@ -517,22 +540,28 @@ class KVCache:
         out, lse = torch.ops.tqattn.attend(
             self._balanced_queries(q),
             *self._stores(),
-            start=start,
-            coded=self._coded,
-            length=self._length,
-            block_size=self.config.block,
-            sink_length=self.config.sink_rows,
-            scale=scale,
-            softcap=softcap,
-            window=window,
-            sinks=sinks,
-            mask=_three_dimensional(mask),
-            starts=self._starts,
-            causal=causal,
+            start,
+            self._coded,
+            self._length,
+            self.config.block,
+            self.config.sink_rows,
+            scale,
+            softcap,
+            window,
+            sinks,
+            _three_dimensional(mask),
+            self._starts,
+            None,  # lengths: the sequences of a batch are of one length here
+            causal,
         )
-        return out.to(q.dtype), lse  # balanced queries are float32
+        return self._as_asked(out, q), lse
 
     def _stores(self) -> tuple[Any, ...]:
+        """The operators' arguments from k_codes to v_format.
+
+        The operators of a decode step get all arguments by position, in the order of csrc/schema.cpp. With names a call
+        costs a third more before anything is computed.
+        """
         k, v = self._k, self._v
         tensors = (k.codes, k.norms, k.means, k.tail, v.codes, v.norms, v.means, v.tail)
         return (*tensors, self.config.k_format, self.config.v_format)
@@ -700,6 +729,10 @@ class KVCache:
         if q.shape[3] != head_dim or q.shape[1] % heads:
             return q
         return (q.float().unflatten(1, (heads, -1)) / self.k_balance[:, None, None]).flatten(1, 2)
+
+    def _as_asked(self, out: Tensor, q: Tensor) -> Tensor:
+        """What attending with q gave, in q's type: balanced queries are float32."""
+        return out if self.k_balance is None else out.to(q.dtype)
 
 
 def _three_dimensional(mask: Tensor | None) -> Tensor | None:
