@@ -131,6 +131,7 @@ class Attention {
         params_(*task.params),
         head_dim_(task.params->head_dim),
         padded_(padded_dim(task.params->head_dim)),
+        has_coded_(task.params->block_size == 0 || task.begin < task.params->coded),
         keys_(task.k, *task.params),
         values_(task.v, *task.params),
         common_end_(task.row_mask == nullptr ? task.end : 0) {
@@ -142,6 +143,7 @@ class Attention {
       common_end_ = smaller(task.row_end[r], common_end_);
     }
     interleave(task.q, task.rows, head_dim_, q_);
+    if (!has_coded_) return;
     keys_.with_rows(Place::kCoded, [&](const auto& rows) {
       float* ordered = coded_out_;  // not in use yet
       for (int64_t r = 0; r < task.rows; ++r) rows.order(task.q + r * head_dim_, ordered + r * padded_);
@@ -160,6 +162,7 @@ class Attention {
       run_end = run.end;
       attend_tile(run.place, begin, end, end == run_end);
     }
+    if (!has_coded_) return;
     values_.with_rows(Place::kCoded, [&](const auto& rows) {
       for (int64_t r = 0; r < task_.rows; ++r) rows.add_natural(coded_out_ + r * padded_, out(r));
     });
@@ -311,7 +314,7 @@ class Attention {
     mean_weights_[r] = mean_weights_[r] * decay + added;
     float* coded = coded_out_ + r * padded_;
     for (int64_t i = 0; i < head_dim_; i += kWidth) store(out(r) + i, load(out(r) + i) * decay);
-    for (int64_t i = 0; i < padded_; i += kWidth) store(coded + i, load(coded + i) * decay);
+    for (int64_t i = 0; has_coded_ && i < padded_; i += kWidth) store(coded + i, load(coded + i) * decay);
   }
 
   // weights_ = the softmax's weights times the norms of one group of values.
@@ -357,6 +360,7 @@ class Attention {
   const TqAttendParams& params_;
   const int64_t head_dim_;
   const int64_t padded_;  // dims in the order of coded rows
+  const bool has_coded_;  // whether any of the positions may be coded
   const SideReader keys_;
   const SideReader values_;
   // Positions that every row sees, so that nothing need be hidden.
