@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # One process a core.
 PYTEST := $(BIN)/python -m pytest -n auto --durations 10
 INSTALLED := $(VENV)/.installed
-NATIVE_TEXT := find torch_tqattn tests/metal benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.mm' -o -name '*.metal' | grep -v tables.h
+NATIVE_TEXT := find torch_tqattn tests/metal tests/neon benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.mm' -o -name '*.metal' | grep -v tables.h
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 NATIVE := $(shell find torch_tqattn/csrc torch_tqattn/shaders -type f) setup.py pyproject.toml
 

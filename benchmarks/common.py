@@ -57,20 +57,24 @@ def write_json(path: Path, rows: list[Row], **settings: Any) -> None:
 
 
 def plot(rows: list[Row], path: Path, emphasised: str) -> None:
-    """Time over context, a picture for each head dim."""
+    """Time over context, a picture for each head dim; peers' lines are dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     head_dims = sorted({row["head_dim"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(head_dims), figsize=(6 * len(head_dims), 4.5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(head_dims), figsize=(6 * len(head_dims) + 2, 5), squeeze=False)
     for head_dim, axis in zip(head_dims, axes[0], strict=True):
+        axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
         for name in dict.fromkeys(row["name"] for row in rows):
-            points = [(row["context"], row["us"]) for row in rows if (row["name"], row["head_dim"]) == (name, head_dim)]
-            style = {"color": "black", "linewidth": 2.5} if name == emphasised else {}
-            axis.plot(*zip(*sorted(points), strict=True), label=name, marker=".", **style)
+            same = [row for row in rows if (row["name"], row["head_dim"]) == (name, head_dim)]
+            points = sorted((row["context"], row["us"]) for row in same)
+            style: dict[str, Any] = {"linestyle": "--"} if any(row.get("kind") == "peer" for row in same) else {}
+            if name == emphasised:
+                style = {"color": "black", "linewidth": 2.5}
+            axis.plot(*zip(*points, strict=True), label=name, marker=".", **style)
         axis.set(xscale="log", yscale="log", title=f"head dim {head_dim}", xlabel="positions", ylabel="µs a call")
-        axis.legend(fontsize=7)
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)

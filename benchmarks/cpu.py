@@ -82,19 +82,23 @@ def main() -> None:
         return
     if arguments.json:
         machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-        write_json(arguments.json, **machine, table=arguments.table, rows=rows)
+        # Ratios follow from the times.
+        kept = [{name: x for name, x in row.items() if name != "ratios"} for row in rows]
+        write_json(arguments.json, kept, **machine, table=arguments.table)
     if arguments.plot:
         draw(rows, arguments.plot)
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Time over context, with the most threads and the first instruction set."""
+    """Time over context, with the most threads, the first instruction set and the first type of queries."""
     if not all("context" in row and "us" in row for row in rows):
         sys.exit("this table has no context to draw over")
     most = max(row["threads"] for row in rows)
     best = {"name": attention.TORCH}
     same = [row for row in rows if row["threads"] == most and row["capability"] == rows[0]["capability"]]
     shown = [row | best if row.get("best") else row for row in same if row.get("best") or row.get("kind") != "torch"]
+    queries = next((row["name"].partition(", ")[2] for row in shown if row.get("kind") == "ours"), "")
+    shown = [row for row in shown if row.get("kind") != "ours" or row["name"].endswith(queries)]
     plot(shown, path, emphasised=attention.TORCH)
 
 

@@ -203,8 +203,8 @@ class CpuBackend final : public Backend {
       const bool has_blocks = call.block_size > 0 && parts.begin < parts.end;
       const std::unique_ptr<at::Half[]> gathered(has_blocks ? new at::Half[call.block_size * head_dim] : nullptr);
       for (int64_t index = begin; index < end; ++index) {
-        // Heads come last: their rows of one token usually lie side by side.
-        const int64_t which = index / (parts.count * heads), part = index / heads % parts.count, head = index % heads;
+        // Sides in turn, as one may take longer. Then heads: their rows of one token usually lie side by side.
+        const int64_t which = index % sides, head = index / sides % heads, part = index / sides / heads;
         const EncodeTask task = encode_task(call, call.inputs[which], rows[which], head);
         encode_part(run, call, task, parts, part, gathered.get());
       }
