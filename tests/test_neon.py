@@ -22,13 +22,16 @@ INCLUDES = [CSRC, Path(torch.__file__).parent / "include"]
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 
 
-def results(target: str, folder: Path, *emulator: str) -> tuple[str, np.ndarray]:
+NATIVE = ["c++"]
+ARM64 = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-static"]
+
+
+def results(compiler: list[str], program: Path, *emulator: str) -> tuple[str, np.ndarray]:
     """What the kernels say that they are, and all numbers that they compute."""
-    program, out = folder / target, folder / f"{target}.bin"
-    # PyTorch declares glibc's __assert_fail where assertions are off; this is another C library.
-    options = ["-std=c++20", "-O2", "-static", "-UNDEBUG", "-Wno-psabi", *(f"-I{path}" for path in INCLUDES)]
-    compiler = [sys.executable, "-m", "ziglang", "c++", "-target", f"{target}-linux-musl"]
+    # PyTorch declares glibc's __assert_fail where assertions are off; for arm64 this is another C library.
+    options = ["-std=c++20", "-O2", "-UNDEBUG", "-Wno-psabi", *(f"-I{path}" for path in INCLUDES)]
     subprocess.run([*compiler, *options, *map(str, SOURCES), "-o", str(program)], check=True)
+    out = program.with_suffix(".bin")
     run = subprocess.run([*emulator, str(program), str(out)], check=True, capture_output=True, text=True)
     return run.stdout.strip(), np.fromfile(out, np.float32)
 
@@ -39,8 +42,8 @@ def results(target: str, folder: Path, *emulator: str) -> tuple[str, np.ndarray]
 def test_neon_computes_what_sse2_computes(tmp_path: Path) -> None:
     pytest.importorskip("ziglang")
     assert EMULATOR is not None
-    name, expected = results("x86_64", tmp_path)
-    other, got = results("aarch64", tmp_path, EMULATOR)
+    name, expected = results(NATIVE, tmp_path / "native")
+    other, got = results(ARM64, tmp_path / "arm64", EMULATOR)
     assert (name, other) == ("baseline", "NEON")
     assert expected.shape == got.shape
     # Sums in the same order; only some multiply-adds round once rather than twice.

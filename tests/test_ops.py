@@ -405,6 +405,23 @@ def test_hidden_rows_may_hold_anything(device: str) -> None:
     assert tqattn.attend(q, *stores, 0, 40, 40)[0].isnan().all()
 
 
+@pytest.mark.parametrize("head_dim", [64, 512])
+@pytest.mark.parametrize("block_size", [0, 16])
+@pytest.mark.parametrize("name", ["f16", "tq4", "tq8"])
+def test_a_query_does_not_know_what_comes_after_it(name: str, block_size: int, head_dim: int, device: str) -> None:
+    # The last of four tokens is NaN: the queries before it share their pass over the cache with its query.
+    k, v = torch.randn(2, 2, 2, 20, head_dim, device=device)
+    k[:, :, 19], v[:, :, 19] = math.nan, math.nan
+    stores = empty_stores(name, name, head_dim, slots=32, block_size=block_size, tail_slots=block_size, device=device)
+    coded = 16 if block_size else 20
+    tqattn.encode_kv_(k, v, *stores, 0, 0, coded, block_size)
+    q = torch.randn(2, 6, 4, head_dim, device=device)
+    out, lse = tqattn.attend(q, *stores, 0, coded, 20, block_size)
+    assert out[:, :, :3].isfinite().all()
+    assert lse[:, :, :3].isfinite().all()
+    assert out[:, :, 3].isnan().all()
+
+
 def test_sequences_of_a_batch_have_their_own_beginnings_and_ends(device: str) -> None:
     stores, coded = filled("tq6", "tq5", 96, 50, device, block_size=16)
     k, v = tqattn.decode_kv(*stores, 96, 0, coded, 50, 16)

@@ -103,9 +103,9 @@ void add_rows(const Rows& rows, Span span, int64_t count, int64_t from, int64_t 
   });
 }
 
-// -inf where a row may not see a position of the tile. Returns a bit for each position that some row sees.
-uint64_t hide_positions(const AttendTask& task, int64_t begin, int64_t count, int64_t padded, float* logits) {
-  uint64_t seen = 0;
+// -inf where a row may not see a position of the tile. Returns whether any row sees any.
+bool hide_positions(const AttendTask& task, int64_t begin, int64_t count, int64_t padded, float* logits) {
+  bool is_seen = false;
   for (int64_t r = 0; r < task.rows; ++r) {
     float* row = logits + r * kLogitRow;
     const bool* mask = task.row_mask != nullptr ? task.row_mask[r] + (begin - task.params->start) : nullptr;
@@ -114,13 +114,13 @@ uint64_t hide_positions(const AttendTask& task, int64_t begin, int64_t count, in
       const bool is_visible =
           j < count && position >= task.row_begin[r] && position < task.row_end[r] && (mask == nullptr || mask[j]);
       if (is_visible) {
-        seen |= uint64_t{1} << j;
+        is_seen = true;
       } else {
         row[j] = -INFINITY;
       }
     }
   }
-  return seen;
+  return is_seen;
 }
 
 // One task: see kernels.h.
@@ -197,15 +197,20 @@ class Attention {
     return {reinterpret_cast<const uint8_t*>(dense_), padded_ * 4};
   }
 
-  // Half-precision rows with zeros where nobody looks: a weight of zero times whatever lies there may be NaN.
-  Span copy_seen(Span span, int64_t count, uint64_t seen) {
+  // Half-precision rows of values, with zeros for those that not all queries may see and that have no finite numbers:
+  // a weight of zero times NaN is NaN. They are added to the queries that see them.
+  Span copy_finite(Span span, int64_t count, int64_t from, int64_t to, const float* weights) {
     for (int64_t j = 0; j < count; ++j) {
       float* row = dense_ + j * head_dim_;
-      if ((seen >> j) & 1) {
-        read_row(HalfRows{head_dim_}, span.first + j * span.stride, head_dim_, row);
-      } else {
-        std::memset(row, 0, head_dim_ * sizeof(float));
+      FloatVec spoilt = {};
+      read_row(HalfRows{head_dim_}, span.first + j * span.stride, head_dim_, row);
+      for (int64_t i = 0; i < head_dim_; i += kWidth) spoilt += load(row + i) * 0.0f;
+      if (sum_lanes(spoilt) == 0) continue;
+      for (int64_t r = 0; r < task_.rows; ++r) {
+        const float weight = weights[r * kLogitRow + j];
+        for (int64_t i = from; weight != 0 && i < to; ++i) out(r)[i] += weight * row[i];
       }
+      std::memset(row, 0, head_dim_ * sizeof(float));
     }
     return {reinterpret_cast<const uint8_t*>(dense_), head_dim_ * 4};
   }
@@ -215,7 +220,7 @@ class Attention {
     for (int64_t r = 0; r < task_.rows; ++r) {
       FloatVec sum = {};
       const float* q = task_.q + r * head_dim_;
-      for (int64_t i = 0; mean != nullptr && i < head_dim_; i += kWidth) sum += load(q + i) * load_half(mean + i);
+      for (int64_t i = 0; mean != nullptr && i < head_dim_; i += kWidth) sum += load(q + i) * load_number(mean + i);
       mean_logits_[r] = sum_lanes(sum);
     }
   }
@@ -234,12 +239,11 @@ class Attention {
     });
   }
 
-  void add_group(Place place, int64_t begin, int64_t count, int64_t from, uint64_t seen, const float* weights) {
+  void add_group(Place place, int64_t begin, int64_t count, int64_t from, bool is_common, const float* weights) {
     const int64_t to = smaller(head_dim_, from + TQ_NORM_GROUP);
     if (values_.is_half(place)) {
       const Span span = values_.rows(place, begin);
-      const bool all = (~seen << (kMaxTile - count)) == 0;
-      if (all) {
+      if (is_common) {
         add(HalfRows{head_dim_}, span, count, from, to, weights, task_.out, task_.out_stride);
         return;
       }
@@ -247,8 +251,8 @@ class Attention {
       for (int64_t j = 0; j < count; j += fit) {
         const Span part = {span.first + j * span.stride, span.stride};
         const int64_t rows = smaller(count - j, fit);
-        add(FloatRows{head_dim_}, copy_seen(part, rows, seen >> j), rows, from, to, weights + j, task_.out,
-            task_.out_stride);
+        add(FloatRows{head_dim_}, copy_finite(part, rows, from, to, weights + j), rows, from, to, weights + j,
+            task_.out, task_.out_stride);
       }
       return;
     }
@@ -318,14 +322,15 @@ class Attention {
   }
 
   // weights_ = the softmax's weights times the norms of one group of values.
-  void weigh(Place place, int64_t begin, int64_t count, int64_t padded, int64_t group, uint64_t seen) {
+  void weigh(Place place, int64_t begin, int64_t count, int64_t padded, int64_t group) {
     alignas(64) float norms[kMaxTile] = {};
     values_.norms(place, begin, count, group, norms);
     const float scale = values_.scale(place);
-    for (int64_t j = 0; j < count && ~seen != 0; ++j) norms[j] = (seen >> j) & 1 ? norms[j] : 0.0f;
     for (int64_t r = 0; r < task_.rows; ++r) {
       for (int64_t at = r * kLogitRow, j = 0; j < padded; at += kWidth, j += kWidth) {
-        store(weights_ + at, load(logits_ + at) * (load(norms + j) * scale));
+        const FloatVec weight = load(logits_ + at);
+        // What a query may not see has no weight, even if its norm is NaN.
+        store(weights_ + at, weight != 0.0f ? weight * (load(norms + j) * scale) : FloatVec{});
       }
     }
   }
@@ -333,14 +338,14 @@ class Attention {
   void attend_tile(Place place, int64_t begin, int64_t end, bool ends_run) {
     const int64_t count = end - begin, padded = (count + 15) / 16 * 16;
     score_tile(place, begin, count, padded);
-    uint64_t seen = ~uint64_t{0};
+    bool is_seen = true;
     const bool is_common = begin >= common_begin_ && end <= common_end_ && count == padded;
-    if (!is_common) seen = hide_positions(task_, begin, count, padded, logits_);
-    if (seen != 0) {
+    if (!is_common) is_seen = hide_positions(task_, begin, count, padded, logits_);
+    if (is_seen) {
       for (int64_t r = 0; r < task_.rows; ++r) softmax_row(r, padded);
       for (int64_t from = 0; from < head_dim_; from += TQ_NORM_GROUP) {
-        weigh(place, begin, count, padded, from / TQ_NORM_GROUP, seen);
-        add_group(place, begin, count, from, seen, weights_);
+        weigh(place, begin, count, padded, from / TQ_NORM_GROUP);
+        add_group(place, begin, count, from, is_common, weights_);
       }
     }
     if (ends_run) add_mean(place, begin);

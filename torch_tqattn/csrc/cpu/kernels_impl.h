@@ -5,6 +5,8 @@ namespace {
 // clang-format off: each uses the ones before it
 #include "simd.h"
 #include "rotate_impl.h"
+#include "quantise_impl.h"
+#include "pack_impl.h"
 #include "encode_impl.h"
 #include "levels_impl.h"
 #include "rows_impl.h"

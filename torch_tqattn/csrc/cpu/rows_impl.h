@@ -51,7 +51,7 @@ struct NaturalRows {
 
 struct LoadHalf {
   TQ_INLINE FloatVec operator()(const uint8_t* row, int64_t at) const {
-    return load_half(reinterpret_cast<const c10::Half*>(row) + at);
+    return load_number(reinterpret_cast<const c10::Half*>(row) + at);
   }
 };
 

@@ -39,8 +39,10 @@ TQ_INLINE void keep(FloatVec& x) {
 
 TQ_INLINE FloatVec max(FloatVec a, FloatVec b) { return a > b ? a : b; }
 
-// kWidth half-precision numbers.
-TQ_INLINE FloatVec load_half(const c10::Half* p) {
+// kWidth numbers of any type.
+TQ_INLINE FloatVec load_number(const float* p) { return load(p); }
+
+TQ_INLINE FloatVec load_number(const c10::Half* p) {
 #if defined(TQ_ISA_AVX512)
   return (FloatVec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(TQ_ISA_AVX2)
@@ -48,8 +50,69 @@ TQ_INLINE FloatVec load_half(const c10::Half* p) {
 #elif defined(__aarch64__)
   return (FloatVec)vcvt_f32_f16(vld1_f16(reinterpret_cast<const __fp16*>(p)));
 #else
-  FloatVec v;
-  for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>(p[i]);
+  typedef uint16_t ShortVec __attribute__((vector_size(kWidth * 2)));
+  ShortVec half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  const IntVec bits = __builtin_convertvector(half, IntVec);
+  const IntVec magnitude = (bits & 0x7fff) << 13, shifted = magnitude + (112 << 23);
+  const IntVec subnormal = (IntVec)((FloatVec)(magnitude + (113 << 23)) - 0x1p-14f);
+  const IntVec finite = magnitude < (1 << 23) ? subnormal : shifted;
+  return (FloatVec)((magnitude < (31 << 23) ? finite : shifted + (112 << 23)) | (bits & 0x8000) << 16);
+#endif
+}
+
+TQ_INLINE FloatVec load_number(const c10::BFloat16* p) {
+  typedef uint16_t ShortVec __attribute__((vector_size(kWidth * 2)));
+  typedef uint32_t WordVec __attribute__((vector_size(kWidth * 4)));
+  ShortVec high;
+  __builtin_memcpy(&high, p, sizeof(high));
+  return (FloatVec)(__builtin_convertvector(high, WordVec) << 16);
+}
+
+// kWidth numbers rounded to half precision, those beyond its range to infinity.
+TQ_INLINE void store_half(c10::Half* p, FloatVec v) {
+#if defined(TQ_ISA_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(TQ_ISA_AVX2)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_f16(reinterpret_cast<__fp16*>(p), vcvt_f16_f32((float32x4_t)v));
+#else
+  typedef int16_t ShortVec __attribute__((vector_size(kWidth * 2)));
+  const IntVec bits = (IntVec)v, magnitude = bits & 0x7fffffff;
+  const IntVec normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const IntVec subnormal = (IntVec)((FloatVec)magnitude + 0.5f) - 0x3f000000;  // adding rounds to multiples of 2^-24
+  const IntVec special = magnitude > 0x7f800000 ? IntVec{} + 0x7e00 : IntVec{} + 0x7c00;
+  const IntVec finite = magnitude < (113 << 23) ? subnormal : normal;
+  const IntVec half = (magnitude < 0x47800000 ? finite : special) | ((bits >> 16) & 0x8000);
+  const ShortVec narrow = __builtin_convertvector(half, ShortVec);
+  __builtin_memcpy(p, &narrow, sizeof(narrow));
+#endif
+}
+
+TQ_INLINE void put(c10::Half* p, FloatVec v) { store_half(p, v); }
+
+TQ_INLINE void put(float* p, FloatVec v) { store(p, v); }
+
+// saturate_to_half
+TQ_INLINE FloatVec saturate(FloatVec v) {
+  const FloatVec magnitude = (FloatVec)((IntVec)v & 0x7fffffff);
+  const FloatVec largest = (FloatVec)((IntVec)broadcast(TQ_HALF_MAX) | ((IntVec)v & INT32_MIN));
+  const FloatVec finite = magnitude > TQ_HALF_MAX ? largest : v;
+  return magnitude == INFINITY ? v : finite;
+}
+
+TQ_INLINE FloatVec square_root(FloatVec v) {
+#if defined(TQ_ISA_AVX512)
+  return (FloatVec)_mm512_sqrt_ps((__m512)v);
+#elif defined(TQ_ISA_AVX2)
+  return (FloatVec)_mm256_sqrt_ps((__m256)v);
+#elif defined(__x86_64__)
+  return (FloatVec)_mm_sqrt_ps((__m128)v);
+#elif defined(__aarch64__)
+  return (FloatVec)vsqrtq_f32((float32x4_t)v);
+#else
+  for (int i = 0; i < kWidth; ++i) v[i] = std::sqrt(v[i]);
   return v;
 #endif
 }
