@@ -56,6 +56,16 @@ def write_json(path: Path, rows: list[Row], **settings: Any) -> None:
     path.write_text(f'{json.dumps(settings)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
+def print_by_context(rows: list[Row], contexts: list[int], title: str, cell: Callable[[Row], str]) -> None:
+    """A table for each number of threads: a line a name, a column a context. Cells are all as wide."""
+    for threads in dict.fromkeys(row["threads"] for row in rows):
+        of_threads = [row for row in rows if row["threads"] == threads]
+        width = len(cell(of_threads[0]))
+        print(f"\n{title}, {threads} threads\n{'context':40}" + "".join(f"{context:{width}}" for context in contexts))
+        for name in dict.fromkeys(row["name"] for row in of_threads):
+            print(f"{name:40}" + "".join(cell(row) for row in of_threads if row["name"] == name))
+
+
 def plot(rows: list[Row], path: Path, emphasised: str) -> None:
     """Time over context, a picture for each head dim; peers' lines are dashed."""
     import matplotlib

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import Call, Row
+from common import Call, Row, print_by_context
 from turns import Contestant, Local, busy_others, measure
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
@@ -71,10 +71,5 @@ def loop_call(model: ByteModel, cache: Cache, context: int, tokens: int) -> Call
 
 
 def show(rows: list[Row], arguments: argparse.Namespace) -> None:
-    for threads in arguments.threads:
-        print(f"\ntokens a second, and that over the dense cache's, {threads} threads")
-        print(f"{'context':16}" + "".join(f"{context:16}" for context in arguments.contexts))
-        of_threads = [row for row in rows if row["threads"] == threads]
-        for name in dict.fromkeys(row["name"] for row in of_threads):
-            cells = [row for row in of_threads if row["name"] == name]
-            print(f"{name:16}" + "".join(f"{row['tokens_per_second']:9.0f}{row['ratio']:7.2f}" for row in cells))
+    title = "tokens a second, and that over the dense cache's"
+    print_by_context(rows, arguments.contexts, title, lambda row: f"{row['tokens_per_second']:9.0f}{row['ratio']:7.2f}")

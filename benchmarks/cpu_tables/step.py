@@ -3,7 +3,7 @@
 import argparse
 
 import torch
-from common import Call, Row
+from common import Call, Row, print_by_context
 from peers import sdpa
 from torch import Tensor
 from turns import Contestant, Local, busy_others, measure
@@ -107,9 +107,5 @@ def module_step(context: int, q: Tensor, k: Tensor, v: Tensor, formats: str) -> 
 
 
 def show(rows: list[Row], arguments: argparse.Namespace) -> None:
-    for threads in arguments.threads:
-        print(f"\nµs a step, {threads} threads, {arguments.heads}/{arguments.kv_heads} heads of {arguments.head_dim}")
-        print(f"{'context':40}" + "".join(f"{context:9}" for context in arguments.contexts))
-        of_threads = [row for row in rows if row["threads"] == threads]
-        for name in dict.fromkeys(row["name"] for row in of_threads):
-            print(f"{name:40}" + "".join(f"{row['us']:9.1f}" for row in of_threads if row["name"] == name))
+    title = f"µs a step, {arguments.heads}/{arguments.kv_heads} heads of {arguments.head_dim}"
+    print_by_context(rows, arguments.contexts, title, lambda row: f"{row['us']:9.1f}")
