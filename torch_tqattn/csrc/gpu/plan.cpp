@@ -208,17 +208,16 @@ std::vector<Launch> plan_encode(const EncodeCall& call, const Device& device) {
   macros.emplace_back("TQ_INPUT", shader_type(k_input.scalar_type()));
   std::vector<Launch> launches;
   if (params.coded_end > params.coded_begin) {
-    std::vector<Argument> arguments{Argument(k_input), Argument(v_input)};
-    add_store(arguments, k.side);
-    add_store(arguments, v.side);
-    arguments.push_back(optional(call.starts));
-    arguments.push_back(Argument::value(params));
     const uint32_t units = divide_up(params.coded_end - params.coded_begin, params.unit);
     const uint32_t simdgroups = std::clamp(divide_up(params.unit, simd_rows(head_dim)), kSimdgroups,
                                            std::max(device.encode_simdgroups, kSimdgroups));
     const int64_t pieces = device.encode_threadgroups / (int64_t{units} * heads * sides);
     params.pieces = static_cast<uint32_t>(std::clamp<int64_t>(pieces, 1, divide_up(params.unit, group_rows)));
-    arguments.back() = Argument::value(params);
+    std::vector<Argument> arguments{Argument(k_input), Argument(v_input)};
+    add_store(arguments, k.side);
+    add_store(arguments, v.side);
+    arguments.push_back(optional(call.starts));
+    arguments.push_back(Argument::value(params));
     launches.push_back({{"encode", "tq_encode", macros},
                         std::move(arguments),
                         {to_count(int64_t{units} * params.pieces, "threadgroups"), to_count(heads, "heads"), sides},
