@@ -283,6 +283,25 @@ def test_not_a_number_stays() -> None:
     assert out[0, 4:].isfinite().all()
 
 
+@pytest.mark.parametrize("queries", [8, 16])
+@pytest.mark.parametrize("block_size", [0, 32])
+@pytest.mark.parametrize("v_format", ["f16", "tq4"])
+def test_a_query_does_not_know_what_it_may_not_see(v_format: str, block_size: int, queries: int) -> None:
+    """NaN is what the last of four tokens has, and one that a mask hides from the second."""
+    cache = tq.KVCache(1, 2, 64, 100, "tq4", v_format, sink_length=0, block_size=block_size)
+    k, v = torch.randn(2, 1, 2, 75, 64)
+    v[:, :, [70, 74]] = math.nan
+    cache.append(k, v)
+    mask = torch.ones(1, 4, 75, dtype=torch.bool)
+    mask[:, 1, 70] = False
+    q = queries_for(cache, 6, 4)
+    out, lse = attend_matrix(cache, q, mask=mask, queries=queries)
+    assert out.isnan().all(-1).equal(torch.tensor([True, False, True, True]).expand(1, 6, 4))
+    expected, expected_lse = tq.attention(q.float(), cache, attn_mask=mask, return_lse=True)
+    assert (out - expected)[:, :, 1].norm() < 2e-3 * expected[:, :, 1].norm()
+    assert (lse - expected_lse).abs().max() < 4e-3
+
+
 @pytest.mark.parametrize("mode", ["race", "sanitised"])
 @pytest.mark.parametrize(
     ("k_format", "v_format", "head_dim", "queries"),

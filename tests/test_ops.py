@@ -391,31 +391,34 @@ def test_a_query_that_sees_nothing_gets_zeros(device: str) -> None:
     assert lse.isneginf().all()
 
 
-def test_hidden_rows_may_hold_anything(device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_hidden_rows_may_hold_anything(dtype: torch.dtype, device: str) -> None:
     stores = empty_stores("f16", "f16", 64, slots=40, device=device)
     k, v = torch.randn(2, 2, 2, 40, 64, device=device)
     k[:, :, 7], v[:, :, 7], v[:, :, 30] = math.nan, math.nan, math.inf
     tqattn.encode_kv_(k, v, *stores, 0, 0, 40)
     mask = torch.ones(1, 1, 40, dtype=torch.bool, device=device)
     mask[..., [7, 30]] = False
-    q = torch.randn(2, 4, 1, 64, device=device)
+    q = torch.randn(2, 4, 1, 64, device=device, dtype=dtype)
     out, lse = tqattn.attend(q, *stores, 0, 40, 40, mask=mask)
     assert out.isfinite().all()
     assert lse.isfinite().all()
     assert tqattn.attend(q, *stores, 0, 40, 40)[0].isnan().all()
 
 
-@pytest.mark.parametrize("head_dim", [64, 512])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float32), (64, torch.float16), (512, torch.float32)])
 @pytest.mark.parametrize("block_size", [0, 16])
 @pytest.mark.parametrize("name", ["f16", "tq4", "tq8"])
-def test_a_query_does_not_know_what_comes_after_it(name: str, block_size: int, head_dim: int, device: str) -> None:
+def test_a_query_does_not_know_what_comes_after_it(
+    name: str, block_size: int, head_dim: int, dtype: torch.dtype, device: str
+) -> None:
     # The last of four tokens is NaN: the queries before it share their pass over the cache with its query.
     k, v = torch.randn(2, 2, 2, 20, head_dim, device=device)
     k[:, :, 19], v[:, :, 19] = math.nan, math.nan
     stores = empty_stores(name, name, head_dim, slots=32, block_size=block_size, tail_slots=block_size, device=device)
     coded = 16 if block_size else 20
     tqattn.encode_kv_(k, v, *stores, 0, 0, coded, block_size)
-    q = torch.randn(2, 6, 4, head_dim, device=device)
+    q = torch.randn(2, 6, 4, head_dim, device=device, dtype=dtype)
     out, lse = tqattn.attend(q, *stores, 0, coded, 20, block_size)
     assert out[:, :, :3].isfinite().all()
     assert lse[:, :, :3].isfinite().all()

@@ -112,7 +112,7 @@ struct TqPlace {
 // positions from `end` on, and those that a query may not see.
 template <bool is_coded>
 static inline void tq_hide(thread const TqPlace& place, constant TqAttendParams& params, uint lane, int tile_begin,
-                           int end, thread float (&v_norm)[2], thread float (&logits)[TQ_HALVES][4]) {
+                           int end, thread float (&logits)[TQ_HALVES][4]) {
   const int first = tq_first(params, place.starts, place.batch);
   const int length = tq_length(params, place.lengths, place.batch);
   const int begin = is_coded && TQ_TAIL ? first + int(params.sink_length) : tile_begin;
@@ -120,7 +120,6 @@ static inline void tq_hide(thread const TqPlace& place, constant TqAttendParams&
   for (uint j = 0; j < 2; ++j) {
     const int position = tile_begin + int(tq_column(lane) + 8 * j);
     const bool is_there = position >= begin && position < end;
-    bool is_of_use = false;
 #pragma unroll
     for (uint h = 0; h < TQ_HALVES; ++h) {
 #pragma unroll
@@ -135,10 +134,45 @@ static inline void tq_hide(thread const TqPlace& place, constant TqAttendParams&
         thread float& logit = logits[h][2 * j + i];
         if (params.softcap > 0.0f) logit = params.softcap * TQ_LOG2_E * precise::tanh(logit);
         if (!is_visible) logit = -INFINITY;
-        is_of_use = is_of_use || is_visible;
       }
     }
-    if (!is_of_use) v_norm[j] = 0.0f;  // it might be none, and times no weight still be none
+  }
+}
+
+// Where positions are hidden, values that are no numbers are left out, as a weight of 0 times NaN would be NaN; and the
+// sums of those queries that do see them become NaN here.
+template <uint bits, uint low, uint high>
+static inline void tq_leave_out(uint lane, thread const float (&logits)[TQ_HALVES][4], thread float (&v_norm)[2],
+                                thread TqValuePiece<low, high> (&values)[4], thread TqGathered& gathered) {
+  bool is_number[2];
+  if (bits == 16) {
+    const uint spoilt = tq_spoilt_values(lane, values);
+#pragma unroll
+    for (uint j = 0; j < 2; ++j) is_number[j] = (spoilt >> (tq_column(lane) + 8 * j) & 1u) == 0;
+  } else {
+#pragma unroll
+    for (uint j = 0; j < 2; ++j) {
+      is_number[j] = v_norm[j] - v_norm[j] == 0.0f;
+      if (!is_number[j]) v_norm[j] = 0.0f;
+    }
+  }
+  if (!simd_any(!is_number[0] || !is_number[1])) return;
+#pragma unroll
+  for (uint h = 0; h < TQ_HALVES; ++h) {
+#pragma unroll
+    for (uint i = 0; i < 2; ++i) {
+      float spoilt = 0.0f;
+#pragma unroll
+      for (uint j = 0; j < 2; ++j) {
+        if (!is_number[j] && logits[h][2 * j + i] != -INFINITY) spoilt = 1.0f;
+      }
+      if (tq_max_of_columns(spoilt) == 0.0f) continue;
+#pragma unroll
+      for (uint step = 0; step < TQ_STEPS; ++step) {
+        gathered.out[h][step][i] = NAN;
+        gathered.out[h][step][2 + i] = NAN;
+      }
+    }
   }
 }
 
@@ -283,7 +317,11 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
           logits[h][i] = fma(product, factor * queries.factor[h][i % 2], mean_logit[h][i % 2]);
         }
       }
-      if (!is_open) tq_hide<is_coded>(place, params, lane, tile.begin, min(tile.end, end), v_norm, logits);
+      if (v_bits == 16) tq_read_values(v, tile, lane, now.values);
+      if (!is_open) {
+        tq_hide<is_coded>(place, params, lane, tile.begin, min(tile.end, end), logits);
+        tq_leave_out<v_bits>(lane, logits, v_norm, now.values, gathered);
+      }
 
       float v_size[2];
 #pragma unroll
@@ -323,7 +361,6 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
       // Once the norms of this tile are of no more use: registers that changed places would be waited for.
       tq_read_norms(k, ahead, lane, now.k_norms);
       tq_read_norms(v, ahead, lane, now.v_norms);
-      if (v_bits == 16) tq_read_values(v, tile, lane, now.values);
 #pragma unroll
       for (uint eight = 0; eight < TQ_STEPS / 4; ++eight) {
         uint left[4][4];

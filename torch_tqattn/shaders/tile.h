@@ -107,6 +107,33 @@ static inline void tq_read_values(thread const TqRows<bits, low, high, is_whole>
   }
 }
 
+// Clears those of a tile's dense values that have a NaN or an infinity, in all lanes. Bit n: that of position n had
+// one.
+template <uint low, uint high>
+static inline uint tq_spoilt_values(uint lane, thread TqValuePiece<low, high> (&values)[4]) {
+  uint spoilt = 0;
+#pragma unroll
+  for (uint i = 0; i < 4; ++i) {
+    uint carries = 0;  // where all bits of an exponent are set
+#pragma unroll
+    for (uint w = 0; w < sizeof(values[i].low_words) / sizeof(uint); ++w) {
+      carries |= (values[i].low_words[w] & 0x7C007C00u) + 0x04000400u;
+    }
+    if ((carries & 0x80008000u) != 0) spoilt |= 1u << (2 * tq_share(lane) + i / 2 * 8 + i % 2);
+  }
+#pragma unroll
+  for (uint step = 1; step < TQ_SIMD_LANES; step *= 2) spoilt |= simd_shuffle_xor(spoilt, ushort(step));
+#pragma unroll
+  for (uint i = 0; i < 4; ++i) {
+    const bool is_spoilt = (spoilt >> (2 * tq_share(lane) + i / 2 * 8 + i % 2) & 1u) != 0;
+#pragma unroll
+    for (uint w = 0; w < sizeof(values[i].low_words) / sizeof(uint); ++w) {
+      if (is_spoilt) values[i].low_words[w] = 0;
+    }
+  }
+  return spoilt;
+}
+
 // Of positions tq_column(lane) and 8 further.
 template <uint bits, uint low, uint high, bool is_whole>
 static inline void tq_read_norms(thread const TqRows<bits, low, high, is_whole>& side, thread const TqTile& tile,
