@@ -287,7 +287,7 @@ def test_the_compilers_words_reach_the_user(tmp_path: Path) -> None:
         "        torch.ops.tqattn.rotate(torch.randn(2, 96, device='cuda'), False)\n"
         "    except RuntimeError as error:\n"
         "        print(error)\n",
-        cwd=package_with((b"tq_apply_signs(lane, row);", b"tq_apply_sings(lane, row);"), tmp_path),
+        cwd=package_with((b"tq_apply_signs(signs, row);", b"tq_apply_sings(signs, row);"), tmp_path),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("cannot compile tq_rotate_rows of rotate.metal TQ_HEAD_DIM=96 TQ_INPUT=float for") == 2

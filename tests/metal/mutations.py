@@ -69,7 +69,13 @@ MUTATIONS = [
         f"TQ_STATE_FLOATS, lane, states);\n    {BARRIER}",
         "TQ_STATE_FLOATS, lane, states);",
     ),
-    Mutation("no barrier before a block's sums are added up", _ENCODE, BARRIER, ""),
+    Mutation(
+        "no barrier before a block's sums are added up",
+        _ENCODE,
+        f"{BARRIER}\n  // Simdgroups share",
+        "// Simdgroups share",
+    ),
+    Mutation("no barrier before a block's mean is read", _ENCODE, f"{BARRIER}\n  tq_clear(mean);", "tq_clear(mean);"),
     # Shaders
     Mutation("the last positions of a block are left out", _ATTEND, "p < block_end; p +=", "p + 1 < block_end; p +="),
     Mutation(
@@ -94,16 +100,16 @@ MUTATIONS = [
     Mutation(
         "padding is counted in the mean",
         _ENCODE,
-        "is_finite && position >= target.first + int(params.sink_length)",
-        "is_finite && position >= int(params.sink_length)",
+        "clamp(target.first + int(params.sink_length), begin, end)",
+        "clamp(int(params.sink_length), begin, end)",
     ),
     Mutation(
         "sinks are counted in the mean",
         _ENCODE,
-        "is_finite && position >= target.first + int(params.sink_length)",
-        "is_finite",
+        "clamp(target.first + int(params.sink_length), begin, end)",
+        "clamp(target.first, begin, end)",
     ),
-    Mutation("a NaN is counted in the mean", _ENCODE, "is_there && is_finite &&", "is_there &&"),
+    Mutation("a NaN is counted in the mean", _ENCODE, "is_there && is_finite;", "is_there;"),
     Mutation("a mean is of all positions, counted or not", _ENCODE, "max(counted, 1.0f)", "float(count)"),
     Mutation(
         "what is no more there is stored",
@@ -124,8 +130,8 @@ MUTATIONS = [
     Mutation(
         "one lane group's parts alone are merged",
         _REDUCE,
-        "uint first = lane_group; first <",
-        "uint first = 0; first <",
+        "i * TQ_SIMD_ROWS + lane_group",
+        "i * TQ_SIMD_ROWS",
     ),
     Mutation(
         "the second half of a row has the norm of the first",
@@ -138,7 +144,7 @@ MUTATIONS = [
     Mutation(
         "the inverse rotation leaves the signs out",
         _ROW,
-        "  tq_hadamard(lane, row);\n  tq_apply_signs(lane, row);\n",
+        "  tq_hadamard(lane, row);\n  tq_apply_signs(signs, row);\n",
         "  tq_hadamard(lane, row);\n",
     ),
     Mutation(

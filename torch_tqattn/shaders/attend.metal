@@ -176,6 +176,7 @@ kernel void tq_attend(device const TQ_INPUT* q [[buffer(0)]], device const uchar
                       threadgroup float* scratch [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
                       uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                       uint simdgroups [[simdgroups_per_threadgroup]]) {
+  const uint signs = tq_signs(lane);
   tq_wait_for_earlier_kernels();
   const uint heads_per_kv = params.num_heads / params.num_kv_heads;
   const uint rows = params.q_len * heads_per_kv;
@@ -195,7 +196,7 @@ kernel void tq_attend(device const TQ_INPUT* q [[buffer(0)]], device const uchar
     const uint token = row / heads_per_kv, head = kv_head * heads_per_kv + row % heads_per_kv;
     const ulong at = (ulong(batch) * params.num_heads + head) * params.q_len + token;
     tq_load(q + at * TQ_HEAD_DIM, lane, queries.q[r]);
-    if (params.rotate_q != 0) tq_rotate(lane, queries.q[r]);
+    if (params.rotate_q != 0) tq_rotate(lane, signs, queries.q[r]);
     tq_scale(params.scale, queries.q[r]);
     const TqVisible seen = tq_visible(params, batch, first, length, token);
     queries.begin[r] = seen.begin;

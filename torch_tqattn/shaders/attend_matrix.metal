@@ -14,6 +14,7 @@
 #include <metal_stdlib>
 using namespace metal;
 
+#define TQ_SPREAD_ROWS
 #include "finish.h"
 #include "order.h"
 #include "params.h"
@@ -62,6 +63,24 @@ struct TqMeans {
   uint first;
   int first_end;  // where that block ends
 };
+
+// How positions are shared out: in units, of which a tile takes two if it is dense, as sinks and the newest tokens are.
+// Dense tiles take more time.
+struct TqWork {
+  int begin;
+  int sinks_end;
+  int end;
+  int sinks;       // units
+  int first_tile;  // after the sinks
+  int coded;       // tiles, and units
+};
+
+static inline int tq_begin_of_unit(thread const TqWork& work, int unit) {
+  if (unit < work.sinks) return min(work.begin + (unit + 1) / 2 * TQ_TILE, work.sinks_end);
+  const int rest = unit - work.sinks;
+  const int tile = work.first_tile + min(rest, work.coded) + (max(rest - work.coded, 0) + 1) / 2;
+  return clamp(tile * TQ_TILE, work.sinks_end, work.end);
+}
 
 // The token of a query row of a KV head: its rows are counted token by token, the heads of its group in each. What is
 // left of the last tile of rows computes the last row again, and keeps it to itself.
@@ -288,8 +307,8 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
     }
     if (has_k_means) tq_add_mean_logits(queries, means.k + mean * TQ_HEAD_DIM, lane, mean_logit);
     const uint next_mean = mean + 1 == means.ring ? 0 : mean + 1;
-    if (has_k_means) tq_prefetch_mean(means.k + next_mean * TQ_HEAD_DIM, lane);
-    if (has_v_means) tq_prefetch_mean(means.v + next_mean * TQ_HEAD_DIM, lane);
+    if (has_k_means) tq_fetch_mean(means.k + next_mean * TQ_HEAD_DIM, lane);
+    if (has_v_means) tq_fetch_mean(means.v + next_mean * TQ_HEAD_DIM, lane);
     while (now.tile.begin < block_end) {
       float products[TQ_HALVES][2][4];
       const TqTile tile = now.tile;
@@ -405,6 +424,7 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
     uint3 group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
   const float k_level = tq_level_for_table<(TQ_K_BITS)>(lane), v_level = tq_level_for_table<(TQ_V_BITS)>(lane);
+  const uint signs = tq_signs(lane);
   // What comes before the queries are read takes nothing from other kernels, and need not wait for them.
   if (params.has_starts != 0 || params.has_lengths != 0) tq_wait_for_earlier_kernels();
   const uint heads_per_kv = params.heads_per_kv, rows = params.q_len * heads_per_kv;
@@ -424,18 +444,20 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   const TqVisible oldest = tq_visible(params, batch, first, length, tq_token(params, first_row));
   const TqVisible newest = tq_visible(params, batch, first, length, tq_token(params, first_row + used_rows - 1));
   const int begin = oldest.begin, end = max(begin, newest.end);
-  // This simdgroup's share: whole tiles, which begin at multiples of their size. Those of the newest tokens, which are
-  // dense, count twice, as they take more time.
+  // This simdgroup's share: whole tiles, which but for those of sinks begin at multiples of their size.
+  TqWork work;
+  work.begin = begin;
+  work.sinks_end = TQ_TAIL ? clamp(first + int(params.sink_length), begin, end) : begin;
+  work.end = end;
+  work.sinks = 2 * ((work.sinks_end - begin + TQ_TILE - 1) / TQ_TILE);
+  work.first_tile = work.sinks_end / TQ_TILE;
+  const int tiles = (end + TQ_TILE - 1) / TQ_TILE - work.first_tile;
+  work.coded = TQ_TAIL ? clamp(int(params.coded) / TQ_TILE - work.first_tile, 0, tiles) : tiles;
   const int parts = int(params.splits * simdgroups), part = int(group.x * simdgroups + simdgroup);
-  const int first_tile = begin / TQ_TILE, tiles = (end + TQ_TILE - 1) / TQ_TILE - first_tile;
-  const int single = TQ_TAIL ? clamp(int(params.coded) / TQ_TILE - first_tile, 0, tiles) : tiles;
-  const int units = 2 * tiles - single, share = units / parts, more = units - share * parts;
-  // The last parts have one more: the first have sinks.
-  const int less = parts - more, from_unit = part * share + max(part - less, 0);
-  const int to_unit = from_unit + share + (part < less ? 0 : 1);
-  const int from_tile = first_tile + min(from_unit, single) + (max(from_unit - single, 0) + 1) / 2;
-  const int to_tile = first_tile + min(to_unit, single) + (max(to_unit - single, 0) + 1) / 2;
-  const int from = clamp(from_tile * TQ_TILE, begin, end), to = clamp(to_tile * TQ_TILE, from, end);
+  const int units = work.sinks + 2 * tiles - work.coded, share = units / parts, more = units - share * parts;
+  const int less = parts - more, from_unit = part * share + max(part - less, 0);  // the last parts have one more
+  const int from = tq_begin_of_unit(work, from_unit);
+  const int to = tq_begin_of_unit(work, from_unit + share + (part < less ? 0 : 1));
   // The first tokens, what has been coded, and the newest tokens.
   const int coded_begin = TQ_TAIL ? clamp(first + int(params.sink_length), from, to) : from;
   const int coded_end = TQ_TAIL ? clamp(int(params.coded), coded_begin, to) : to;
@@ -484,8 +506,8 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
     tq_load_words(q + tq_query(params, batch, kv_head, first_row + query) * TQ_HEAD_DIM, lane, words);
   }
   if (coded_begin < coded_end) {
-    if (TQ_K_MEANS) tq_prefetch_mean(means.k + means.first * TQ_HEAD_DIM, lane);
-    if (TQ_V_MEANS) tq_prefetch_mean(means.v + means.first * TQ_HEAD_DIM, lane);
+    if (TQ_K_MEANS) tq_fetch_mean(means.k + means.first * TQ_HEAD_DIM, lane);
+    if (TQ_V_MEANS) tq_fetch_mean(means.v + means.first * TQ_HEAD_DIM, lane);
     if (TQ_K_BITS != 16) tq_read_keys(k_rows, coded.tile, lane, coded.keys);
     if (TQ_V_BITS != 16) tq_read_values(v_rows, coded.tile, lane, coded.values);
     tq_read_norms(k_rows, coded.tile, lane, coded.k_norms);
@@ -493,10 +515,14 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   }
 
   if (TQ_TAIL) {
-    if (from < coded_begin) tq_prefetch_rows(tq_bytes(k.tail), tq_bytes(v.tail), uint(from - first), lane);
+    if (from < coded_begin) {
+      tq_fetch_rows(tq_bytes(k.tail), uint(from - first), lane);
+      tq_fetch_rows(tq_bytes(v.tail), uint(from - first), lane);
+    }
     if (coded_end < to) {
       const uint row = params.sink_length + uint(coded_end) % params.tail_slots;
-      tq_prefetch_rows(tq_bytes(k.tail), tq_bytes(v.tail), row, lane);
+      tq_fetch_rows(tq_bytes(k.tail), row, lane);
+      tq_fetch_rows(tq_bytes(v.tail), row, lane);
     }
   }
 
@@ -506,7 +532,7 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   for (uint r = simdgroup * TQ_SIMD_ROWS; r < TQ_QUERIES; r += simdgroups * TQ_SIMD_ROWS) {
     TqRow numbers;
     tq_numbers_of_words(TQ_INPUT(), lane, words, numbers);
-    if (params.rotate_q != 0) tq_rotate(lane, numbers);
+    if (params.rotate_q != 0) tq_rotate(lane, signs, numbers);
     float peak = 0.0f;
 #pragma unroll
     for (uint i = 0; i < TQ_LANE_DIMS; ++i) peak = max(peak, abs(numbers.x[i]));
@@ -608,42 +634,49 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // A simdgroup merges 32 numbers of a row at a time; lane s has the factor of simdgroup s.
+  // A simdgroup merges a row; lane s has the factor of simdgroup s.
   threadgroup float* merged = scales + simdgroups * TQ_QUERIES * 2;
   const ulong all_rows = ulong(params.batch) * params.num_heads * params.q_len;
-  for (uint i = simdgroup; i < used_rows * (TQ_HEAD_DIM / TQ_SIMD_LANES); i += simdgroups) {
-    const uint row = i / (TQ_HEAD_DIM / TQ_SIMD_LANES),
-               place = i % (TQ_HEAD_DIM / TQ_SIMD_LANES) * TQ_SIMD_LANES + lane;
+  for (uint row = simdgroup; row < used_rows; row += simdgroups) {
     threadgroup const float* its = scales + (min(lane, simdgroups - 1) * TQ_QUERIES + row) * 2;
     float largest = its[1];
 #pragma unroll
-    for (uint step = 1; step < TQ_SIMD_LANES; step *= 2) {
+    for (uint step = 1; step < TQ_THREADS / TQ_SIMD_LANES; step *= 2) {
       largest = max(largest, simd_shuffle_xor(largest, ushort(step)));
     }
     const float factor = lane < simdgroups ? fast::exp2(its[1] - largest) : 0.0f;
-    float sum = its[0] * factor, number = 0.0f;
+    float sum = its[0] * factor, numbers[TQ_HEAD_DIM / TQ_SIMD_LANES];
 #pragma unroll
-    for (uint step = 1; step < TQ_SIMD_LANES; step *= 2) sum += simd_shuffle_xor(sum, ushort(step));
-#pragma unroll 8
+    for (uint step = 1; step < TQ_THREADS / TQ_SIMD_LANES; step *= 2) sum += simd_shuffle_xor(sum, ushort(step));
+#pragma unroll
+    for (uint i = 0; i < TQ_HEAD_DIM / TQ_SIMD_LANES; ++i) numbers[i] = 0.0f;
+#pragma unroll 4
     for (uint s = 0; s < simdgroups; ++s) {
-      number = fma(sums[(s * TQ_QUERIES + row) * TQ_SUMS_STRIDE + place], simd_shuffle(factor, ushort(s)), number);
+      const float its_factor = simd_shuffle(factor, ushort(s));
+#pragma unroll
+      for (uint i = 0; i < TQ_HEAD_DIM / TQ_SIMD_LANES; ++i) {
+        const float number = sums[(s * TQ_QUERIES + row) * TQ_SUMS_STRIDE + i * TQ_SIMD_LANES + lane];
+        numbers[i] = fma(number, its_factor, numbers[i]);
+      }
     }
-    const uint dim = tq_value_dim(place % TQ_COLUMNS, place / TQ_COLUMNS);
     largest *= 1.0f / TQ_LOG2_E;
-    if (finish.is_finished != 0) {
-      merged[row * TQ_SUMS_STRIDE + dim] = number;
-      if (place == 0) {
-        merged[row * TQ_SUMS_STRIDE + TQ_HEAD_DIM] = sum;
-        merged[row * TQ_SUMS_STRIDE + TQ_HEAD_DIM + 1] = largest;
+    const ulong at = (store * rows + first_row + row) * params.splits + group.x;
+#pragma unroll
+    for (uint i = 0; i < TQ_HEAD_DIM / TQ_SIMD_LANES; ++i) {
+      const uint place = i * TQ_SIMD_LANES + lane, dim = tq_value_dim(place % TQ_COLUMNS, place / TQ_COLUMNS);
+      if (finish.is_finished != 0) {
+        merged[row * TQ_SUMS_STRIDE + dim] = numbers[i];
+      } else {  // as attend.metal leaves them
+        partials[at * TQ_HEAD_DIM + dim] = numbers[i];
       }
-    } else {  // as attend.metal leaves them
-      const ulong at = (store * rows + first_row + row) * params.splits + group.x;
-      partials[at * TQ_HEAD_DIM + dim] = number;
-      if (place == 0) {
-        device float* scale = partials + all_rows * params.splits * TQ_HEAD_DIM + at * 2;
-        scale[0] = sum;
-        scale[1] = largest;
-      }
+    }
+    if (lane == 0 && finish.is_finished != 0) {
+      merged[row * TQ_SUMS_STRIDE + TQ_HEAD_DIM] = sum;
+      merged[row * TQ_SUMS_STRIDE + TQ_HEAD_DIM + 1] = largest;
+    } else if (lane == 0) {
+      device float* scale = partials + all_rows * params.splits * TQ_HEAD_DIM + at * 2;
+      scale[0] = sum;
+      scale[1] = largest;
     }
   }
   if (finish.is_finished == 0) return;
@@ -663,6 +696,6 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
     state.largest = numbers[TQ_HEAD_DIM + 1];
     const ulong to = tq_query(params, batch, kv_head, first_row + used);
     if (finish.has_sinks != 0) tq_add_sink(sinks[to / params.q_len % params.num_heads], state);
-    tq_finish(state, finish, lane, r + lane / TQ_ROW_LANES < used_rows, to, out, lse);
+    tq_finish(state, finish, lane, tq_signs(lane), r + lane / TQ_ROW_LANES < used_rows, to, out, lse);
   }
 }

@@ -2,6 +2,7 @@
 // code and of its two planes (TQ_CODED_FORMATS in tables.h); TQ_EXACT_LEVELS chooses the seed-shaped operators' levels.
 #pragma once
 
+#include "guess.h"
 #include "row.h"
 
 // Bytes of a row of codes.
@@ -99,48 +100,53 @@ static inline float tq_threshold(uint i) {
 #endif
 }
 
-// How many thresholds, times the multiplier, lie below x: the code of the nearest level.
+// How many thresholds lie below x * inverse, inverse being 1 / multiplier: the code of the nearest level.
 template <uint bits>
-static inline uint tq_nearest(float x, float multiplier) {
-  uint code = 0;
-#pragma unroll
-  for (uint step = 1u << (bits - 1); step != 0; step >>= 1) {
-    if (x > tq_threshold<bits>(code + step - 1) * multiplier) code += step;
-  }
-  return code;
+static inline uint tq_nearest(float x, float multiplier, float inverse) {
+  const uint last = (1u << bits) - 2;
+  const float most = tq_threshold<bits>(last);
+  // Adding 1.5 * 2^23 rounds to the nearest integer, and leaves it in the low bits.
+  const float rounded = tq_guess<int(bits)>(clamp(x * inverse, -most, most)) + (12582912.0f + float(last / 2));
+  const uint index = as_type<uint>(rounded) & ((1u << bits) - 1u);
+  return index + (x > tq_threshold<bits>(index) * multiplier ? 1u : 0u);
 }
 
+// `plane` is the row's. All lanes of its group call it together: where a lane has less than a byte, some share one.
 template <uint bits>
-static inline void tq_store_plane(device uchar* plane, uint shift, thread const TqCodes& codes) {
-  const uint per_word = 32u / bits;
-  if (bits == 1) {
-    uint word = 0;
+static inline void tq_store_plane(device uchar* plane, uint shift, uint lane, thread const TqCodes& codes) {
+  const uint lane_bits = bits * TQ_LANE_DIMS, per_word = lane_bits < 32 ? TQ_LANE_DIMS : 32u / bits,
+             place = tq_place(lane);
+  uint words[TQ_LANE_DIMS / per_word];
 #pragma unroll
-    for (uint i = 0; i < TQ_LANE_DIMS; ++i) word |= ((codes.x[i] >> shift) & 1u) << i;
-    *reinterpret_cast<device ushort*>(plane) = ushort(word);
-  } else {
+  for (uint w = 0; w < TQ_LANE_DIMS / per_word; ++w) {
+    words[w] = 0;
 #pragma unroll
-    for (uint w = 0; w < TQ_LANE_DIMS / per_word; ++w) {
-      uint word = 0;
-#pragma unroll
-      for (uint i = 0; i < per_word; ++i) {
-        word |= ((codes.x[w * per_word + i] >> shift) & ((1u << bits) - 1u)) << (bits * i);
-      }
-      reinterpret_cast<device uint*>(plane)[w] = word;
+    for (uint i = 0; i < per_word; ++i) {
+      words[w] |= ((codes.x[w * per_word + i] >> shift) & ((1u << bits) - 1u)) << (bits * i);
     }
+  }
+  const uint sharing = lane_bits < 8 ? 8 / lane_bits : 1;
+  words[0] <<= place % sharing * lane_bits;
+#pragma unroll
+  for (uint step = 1; step < sharing; step *= 2) words[0] |= simd_shuffle_xor(words[0], ushort(step));
+  if (!tq_is_used(lane) || place % sharing != 0) return;
+  if (lane_bits == 16) {
+    reinterpret_cast<device ushort*>(plane)[place] = ushort(words[0]);
+  } else if (lane_bits < 16) {
+    plane[place / sharing] = uchar(words[0]);
+  } else {
+    device uint* to = reinterpret_cast<device uint*>(plane) + place * (lane_bits / 32);
+#pragma unroll
+    for (uint w = 0; w < TQ_LANE_DIMS / per_word; ++w) to[w] = words[w];
   }
 }
 
 // Writes this lane's codes; the row's last lane also clears the padding.
 template <uint low, uint high>
 static inline void tq_store_codes(device uchar* row, uint lane, thread const TqCodes& codes) {
-  const uint place = tq_place(lane);
-  if (place >= TQ_USED_LANES) return;
-  tq_store_plane<low>(row + place * (TQ_LANE_DIMS * low / 8), 0, codes);
-  if (high != 0) {
-    tq_store_plane<(high != 0 ? high : 1)>(row + TQ_HEAD_DIM * low / 8 + place * (TQ_LANE_DIMS * high / 8), low, codes);
-  }
-  if (place == TQ_USED_LANES - 1) {
+  tq_store_plane<low>(row, 0, lane, codes);
+  if (high != 0) tq_store_plane<(high != 0 ? high : 1)>(row + TQ_HEAD_DIM * low / 8, low, lane, codes);
+  if (tq_place(lane) == TQ_USED_LANES - 1) {
     for (uint i = TQ_HEAD_DIM * low / 8 + TQ_HEAD_DIM * high / 8; i < TQ_ROW_BYTES(low, high); ++i) row[i] = 0;
   }
 }
@@ -154,10 +160,11 @@ static inline void tq_store_codes(device uchar* row, uint lane, thread const TqC
 // of its scale: what is left over, less what another scale would still take off it.
 template <uint bits>
 static inline float tq_angle_error(thread const TqRow& x, uint lane, float multiplier) {
+  const float inverse = 1.0f / multiplier;
   float left = 0.0f, along = 0.0f, length = 0.0f;
 #pragma unroll
   for (uint i = 0; i < TQ_LANE_DIMS; ++i) {
-    const float level = tq_level<bits>(tq_nearest<bits>(x.x[i], multiplier)) * tq_level_scale<bits>();
+    const float level = tq_level<bits>(tq_nearest<bits>(x.x[i], multiplier, inverse)) * tq_level_scale<bits>();
     const float rest = x.x[i] - level * multiplier;
     if (tq_is_used(lane)) {
       left = fma(rest, rest, left);
@@ -176,25 +183,37 @@ static inline float tq_angle_error(thread const TqRow& x, uint lane, float multi
 template <uint bits>
 static inline float tq_quantise(thread const TqRow& row, uint lane, uint encode, thread TqCodes& codes) {
   const float size = float(TQ_HEAD_DIM / TQ_NORM_GROUPS);
-  // Scaled by the largest number, so that neither huge nor tiny ones leave float32.
-  float peak = 0.0f, nothing = 0.0f;
+  float sum = 0.0f, unit = 1.0f;
 #pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) {
-    peak = max(peak, abs(row.x[i]));
-    nothing += row.x[i] - row.x[i];
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) sum = fma(row.x[i], row.x[i], sum);
+  sum = tq_sum(sum, TQ_GROUP_LANES);
+  bool is_finite = true, is_number = true;
+  TqRow normalised = row;
+  // Squares that became zero, or infinite, do not matter between these; else all is scaled by the largest number.
+  const bool is_usual = sum > 1.0e-20f && sum < 1.0e30f;
+  if (simd_any(!is_usual)) {
+    float peak = 0.0f, nothing = 0.0f, rest = 0.0f;
+#pragma unroll
+    for (uint i = 0; i < TQ_LANE_DIMS; ++i) {
+      peak = max(peak, abs(row.x[i]));
+      nothing += row.x[i] - row.x[i];
+    }
+    peak = tq_max(peak, TQ_GROUP_LANES);
+    is_finite = tq_sum(nothing, TQ_GROUP_LANES) == 0.0f;
+    is_number = is_finite && peak > 0.0f;
+    if (!is_usual && is_number) unit = peak;
+#pragma unroll
+    for (uint i = 0; i < TQ_LANE_DIMS; ++i) {
+      normalised.x[i] /= unit;
+      rest = fma(normalised.x[i], normalised.x[i], rest);
+    }
+    rest = tq_sum(rest, TQ_GROUP_LANES);
+    if (!is_usual) sum = rest;
   }
-  peak = tq_max(peak, TQ_GROUP_LANES);
-  const bool is_finite = tq_sum(nothing, TQ_GROUP_LANES) == 0.0f;
-  const bool is_number = is_finite && peak > 0.0f;
-  const float unit = is_number ? peak : 1.0f;
-  float sum = 0.0f;
-#pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) sum += (row.x[i] / unit) * (row.x[i] / unit);
-  const float rms = unit * precise::sqrt(tq_sum(sum, TQ_GROUP_LANES) / size);
+  const float root = precise::sqrt(sum / size), inverse_root = 1.0f / root;
   const bool is_used = is_number && tq_is_used(lane);
-  TqRow normalised;
 #pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) normalised.x[i] = is_used ? row.x[i] / rms : 0.0f;
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) normalised.x[i] = is_used ? normalised.x[i] * inverse_root : 0.0f;
 
   float multiplier = 1.0f;
   if (encode == TQ_ENCODE_BEST) {
@@ -207,15 +226,17 @@ static inline float tq_quantise(thread const TqRow& row, uint lane, uint encode,
       }
     }
   }
+  const float inverse = 1.0f / multiplier;
   float length = 0.0f;
 #pragma unroll
   for (uint i = 0; i < TQ_LANE_DIMS; ++i) {
-    codes.x[i] = tq_nearest<bits>(normalised.x[i], multiplier);
+    codes.x[i] = tq_nearest<bits>(normalised.x[i], multiplier, inverse);
     const float level = tq_level<bits>(codes.x[i]) * tq_level_scale<bits>();
     if (tq_is_used(lane)) length = fma(level, level, length);
   }
   length = tq_sum(length, TQ_GROUP_LANES);
   if (!is_finite) return NAN;
   if (!is_number) return 0.0f;
+  const float rms = unit * root;
   return encode == TQ_ENCODE_PLAIN ? rms : rms / precise::sqrt(length / size);
 }

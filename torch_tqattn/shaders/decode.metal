@@ -60,6 +60,6 @@ kernel void tq_decode(device const uchar* k_codes [[buffer(0)]], device const fl
     tq_decode_row<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH, TQ_V_MEANS>(store, params, position, first, lane, row);
   }
   if (position < first || !tq_is_used(lane)) tq_clear(row);
-  if (params.undo_rotation != 0) tq_undo_rotation(lane, row);
+  if (params.undo_rotation != 0) tq_undo_rotation(lane, tq_signs(lane), row);
   if (is_there) tq_store((is_k ? k_out : v_out) + (ulong(group.y) * rows + row_index) * TQ_HEAD_DIM, lane, row);
 }

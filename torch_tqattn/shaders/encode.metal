@@ -7,9 +7,12 @@
 #include <metal_stdlib>
 using namespace metal;
 
+#define TQ_SPREAD_ROWS
 #include "order.h"
 #include "params.h"
 #include "store.h"
+
+#define TQ_AT_ONCE 4  // rows of the tail that a simdgroup reads before it adds them to a mean
 
 // Where one KV head of one side comes from and goes to.
 struct TqTarget {
@@ -20,6 +23,7 @@ struct TqTarget {
   device half* tail;
   int first;  // position of the first token that is no padding
   float norm_factor;
+  uint signs;  // tq_signs
 };
 
 // The rotated row of a position that has not been coded; half precision if it goes through the tail. All lanes of the
@@ -32,7 +36,7 @@ static inline void tq_fetch(int position, thread const TqTarget& target, constan
   } else {
     tq_clear(row);
   }
-  if (simd_any(is_new)) tq_rotate(lane, row);
+  if (simd_any(is_new)) tq_rotate(lane, target.signs, row);
   if (!is_new && TQ_TAIL)
     tq_load(target.tail + tq_tail_row(position, target.first, params.sink_length, params.tail_slots) * TQ_HEAD_DIM,
             lane, row);
@@ -49,51 +53,75 @@ static inline bool tq_is_finite(thread const TqRow& row) {
   return tq_sum(nothing, TQ_ROW_LANES) == 0.0f;
 }
 
-// The mean of positions begin..begin + count, rotated, as it is stored. Padding, sinks and tokens with a NaN or an
-// infinity would spoil it for all others.
-static inline void tq_block_mean(int begin, int count, thread const TqTarget& target, constant TqEncodeParams& params,
+// What has been added up of a mean. Padding, sinks and tokens with a NaN or an infinity would spoil it for all others.
+struct TqSum {
+  TqRow row;
+  float counted;
+};
+
+static inline void tq_add_finite(bool is_there, thread const TqRow& row, thread TqSum& sum) {
+  const bool is_finite = tq_is_finite(row);
+  const bool counts = is_there && is_finite;
+  sum.counted += counts ? 1.0f : 0.0f;
+#pragma unroll
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) sum.row.x[i] += counts ? row.x[i] : 0.0f;
+}
+
+// The mean of positions begin..end, rotated, as it is stored.
+static inline void tq_block_mean(int begin, int end, thread const TqTarget& target, constant TqEncodeParams& params,
                                  uint lane, uint simdgroup, uint simdgroups, threadgroup float* scratch,
                                  thread TqRow& mean) {
-  TqRow sum;
-  tq_clear(sum);
-  float counted = 0.0f;
-  const int stride = int(simdgroups * TQ_SIMD_ROWS);
-  for (int at = int(simdgroup * TQ_SIMD_ROWS); at < count; at += stride) {
-    const int position = begin + at + int(lane / TQ_ROW_LANES);
-    const bool is_there = position < begin + count;
-    TqRow row;
-    tq_fetch(is_there ? position : begin, target, params, lane, row);
-    const bool is_finite = tq_is_finite(row);
-    const bool counts = is_there && is_finite && position >= target.first + int(params.sink_length);
-    counted += counts ? 1.0f : 0.0f;
+  TqSum sum;
+  tq_clear(sum.row);
+  sum.counted = 0.0f;
+  const int stride = int(simdgroups * TQ_SIMD_ROWS), ahead = int(simdgroup * TQ_SIMD_ROWS);
+  const int counted_begin = clamp(target.first + int(params.sink_length), begin, end);
+  const int new_begin = clamp(int(params.position), counted_begin, end);
+  for (int at = counted_begin + ahead; at < new_begin; at += TQ_AT_ONCE * stride) {
+    TqRow rows[TQ_AT_ONCE];
+    const int position = at + int(lane / TQ_ROW_LANES);
 #pragma unroll
-    for (uint i = 0; i < TQ_LANE_DIMS; ++i) sum.x[i] += counts ? row.x[i] : 0.0f;
+    for (int i = 0; i < TQ_AT_ONCE; ++i) {
+      const int used = min(position + i * stride, new_begin - 1);
+      tq_load(target.tail + tq_ring_row(used, params.sink_length, params.tail_slots) * TQ_HEAD_DIM, lane, rows[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < TQ_AT_ONCE; ++i) tq_add_finite(position + i * stride < new_begin, rows[i], sum);
+  }
+  for (int at = new_begin + ahead; at < end; at += stride) {
+    const int position = at + int(lane / TQ_ROW_LANES);
+    TqRow row;
+    tq_fetch(min(position, end - 1), target, params, lane, row);
+    tq_add_finite(position < end, row, sum);
   }
 #pragma unroll
   for (uint step = TQ_ROW_LANES; step < TQ_SIMD_LANES; step *= 2) {
-    counted += simd_shuffle_xor(counted, ushort(step));
+    sum.counted += simd_shuffle_xor(sum.counted, ushort(step));
 #pragma unroll
-    for (uint i = 0; i < TQ_LANE_DIMS; ++i) sum.x[i] += simd_shuffle_xor(sum.x[i], ushort(step));
+    for (uint i = 0; i < TQ_LANE_DIMS; ++i) sum.row.x[i] += simd_shuffle_xor(sum.row.x[i], ushort(step));
   }
   threadgroup float* mine = scratch + simdgroup * (TQ_HEAD_DIM + 1);
   if (lane < TQ_USED_LANES) {
 #pragma unroll
-    for (uint i = 0; i < TQ_LANE_DIMS; ++i) mine[lane * TQ_LANE_DIMS + i] = sum.x[i];
-    if (lane == 0) mine[TQ_HEAD_DIM] = counted;
+    for (uint i = 0; i < TQ_LANE_DIMS; ++i) mine[lane * TQ_LANE_DIMS + i] = sum.row.x[i];
+    if (lane == 0) mine[TQ_HEAD_DIM] = sum.counted;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  // Simdgroups share the numbers, which they leave in the first one's place.
+  for (uint dim = simdgroup * TQ_SIMD_LANES + lane; dim < TQ_HEAD_DIM; dim += simdgroups * TQ_SIMD_LANES) {
+    float number = 0.0f, counted = 0.0f;
+#pragma unroll 4
+    for (uint s = 0; s < simdgroups; ++s) {
+      number += scratch[s * (TQ_HEAD_DIM + 1) + dim];
+      counted += scratch[s * (TQ_HEAD_DIM + 1) + TQ_HEAD_DIM];
+    }
+    scratch[dim] = float(half(tq_saturated(number / max(counted, 1.0f))));
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   tq_clear(mean);
-  counted = 0.0f;
-  for (uint s = 0; s < simdgroups; ++s) {
-    threadgroup const float* its = scratch + s * (TQ_HEAD_DIM + 1);
-    counted += its[TQ_HEAD_DIM];
-    if (tq_is_used(lane)) {
+  if (!tq_is_used(lane)) return;
 #pragma unroll
-      for (uint i = 0; i < TQ_LANE_DIMS; ++i) mean.x[i] += its[tq_place(lane) * TQ_LANE_DIMS + i];
-    }
-  }
-#pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) mean.x[i] = float(half(tq_saturated(mean.x[i] / max(counted, 1.0f))));
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) mean.x[i] = scratch[tq_place(lane) * TQ_LANE_DIMS + i];
 }
 
 // Codes rows from..to of positions begin..begin + count of one head.
@@ -104,7 +132,7 @@ static inline void tq_encode_rows(int begin, int count, int from, int to, thread
   TqRow mean;
   tq_clear(mean);
   if (has_means) {
-    tq_block_mean(begin, count, target, params, lane, simdgroup, simdgroups, scratch, mean);
+    tq_block_mean(begin, begin + count, target, params, lane, simdgroup, simdgroups, scratch, mean);
     if (from == 0 && simdgroup == 0 && lane < TQ_ROW_LANES) {
       tq_store_half(target.means + uint(begin) % params.slots / params.block_size * TQ_HEAD_DIM, lane, mean);
     }
@@ -146,6 +174,7 @@ kernel void tq_encode(device const TQ_INPUT* k [[buffer(0)]], device const TQ_IN
                       threadgroup float* scratch [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
                       uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                       uint simdgroups [[simdgroups_per_threadgroup]]) {
+  const uint signs = tq_signs(lane);
   tq_wait_for_earlier_kernels();
   const bool is_k = group.z == 0;
   const ulong head = group.y;
@@ -162,6 +191,7 @@ kernel void tq_encode(device const TQ_INPUT* k [[buffer(0)]], device const TQ_IN
   target.tail = (is_k ? k_tail : v_tail) + tail;
   target.first = params.has_starts != 0 ? max(starts[group.y / params.num_kv_heads], 0) : 0;
   target.norm_factor = is_k ? params.k_norm_factor : params.v_norm_factor;
+  target.signs = signs;
   const int begin = int(params.coded_begin + group.x / params.pieces * params.unit);
   const int count = min(int(params.unit), int(params.coded_end) - begin);
   const int piece = (count + int(params.pieces) - 1) / int(params.pieces);
@@ -175,30 +205,32 @@ kernel void tq_encode(device const TQ_INPUT* k [[buffer(0)]], device const TQ_IN
   }
 }
 
-// New tokens that belong in the tail, in the same order of groups: one lane group a token.
+// New tokens that belong in the tail, in the same order of groups: params.kept of them a threadgroup.
 kernel void tq_keep(device const TQ_INPUT* k [[buffer(0)]], device const TQ_INPUT* v [[buffer(1)]],
                     device half* k_tail [[buffer(2)]], device half* v_tail [[buffer(3)]],
                     device const int* starts [[buffer(4)]], constant TqEncodeParams& params [[buffer(5)]],
                     uint3 group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
                     uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
+  const uint signs = tq_signs(lane);
   tq_wait_for_earlier_kernels();
   const ulong head = group.y;
-  TqTarget target;
-  target.x = (group.z == 0 ? k : v) + head * params.tokens * TQ_HEAD_DIM;
-  target.tail = (group.z == 0 ? k_tail : v_tail) + head * (params.sink_length + params.tail_slots) * TQ_HEAD_DIM;
-  target.first = params.has_starts != 0 ? max(starts[group.y / params.num_kv_heads], 0) : 0;
-  const uint token = (group.x * simdgroups + simdgroup) * TQ_SIMD_ROWS + lane / TQ_ROW_LANES;
-  const bool is_there = token < params.tokens;
-  const int position = int(params.position + (is_there ? token : 0));
-  TqRow row;
-  tq_load(target.x + ulong(position - int(params.position)) * TQ_HEAD_DIM, lane, row);
-  tq_rotate(lane, row);
-  if (position < target.first) tq_clear(row);
-  const bool is_sink = tq_is_sink(position, target.first, params.sink_length);
-  if (is_there && is_sink) tq_store_half(target.tail + uint(position - target.first) * TQ_HEAD_DIM, lane, row);
-  if (is_sink) tq_clear(row);  // its row of the ring is not read
-  if (is_there && params.block_size != 0 && position >= int(params.coded_end)) {
-    const uint at = tq_ring_row(position, params.sink_length, params.tail_slots);
-    tq_store_half(target.tail + at * TQ_HEAD_DIM, lane, row);
+  device const TQ_INPUT* x = (group.z == 0 ? k : v) + head * params.tokens * TQ_HEAD_DIM;
+  device half* tail = (group.z == 0 ? k_tail : v_tail) + head * (params.sink_length + params.tail_slots) * TQ_HEAD_DIM;
+  const int first = params.has_starts != 0 ? max(starts[group.y / params.num_kv_heads], 0) : 0;
+  const uint end = min((group.x + 1) * params.kept, params.tokens);
+  for (uint at = group.x * params.kept + simdgroup * TQ_SIMD_ROWS; at < end; at += simdgroups * TQ_SIMD_ROWS) {
+    const uint token = at + lane / TQ_ROW_LANES;
+    const bool is_there = token < end;
+    const int position = int(params.position + (is_there ? token : at));
+    TqRow row;
+    tq_load(x + ulong(position - int(params.position)) * TQ_HEAD_DIM, lane, row);
+    tq_rotate(lane, signs, row);
+    if (position < first) tq_clear(row);
+    const bool is_sink = tq_is_sink(position, first, params.sink_length);
+    if (is_there && is_sink) tq_store_half(tail + uint(position - first) * TQ_HEAD_DIM, lane, row);
+    if (is_sink) tq_clear(row);  // its row of the ring is not read
+    if (is_there && params.block_size != 0 && position >= int(params.coded_end)) {
+      tq_store_half(tail + tq_ring_row(position, params.sink_length, params.tail_slots) * TQ_HEAD_DIM, lane, row);
+    }
   }
 }

@@ -15,10 +15,10 @@ static inline void tq_add_sink(float sink, thread TqState& state) {
 
 // Divides by the sum of weights, undoes the rotation, and leaves row number `row` where the caller wants it. All lanes
 // of the simdgroup call it together; those that hold no row of their own write none.
-static inline void tq_finish(thread TqState& state, constant TqFinishParams& params, uint lane, bool is_there,
-                             ulong row, device TQ_OUTPUT* out, device float* lse) {
+static inline void tq_finish(thread TqState& state, constant TqFinishParams& params, uint lane, uint signs,
+                             bool is_there, ulong row, device TQ_OUTPUT* out, device float* lse) {
   tq_scale(state.sum != 0.0f ? 1.0f / state.sum : 0.0f, state.out);
-  if (params.undo_rotation != 0) tq_undo_rotation(lane, state.out);
+  if (params.undo_rotation != 0) tq_undo_rotation(lane, signs, state.out);
   if (!is_there) return;
   tq_store(out + row * TQ_HEAD_DIM, lane, state.out);
   if (params.has_lse != 0 && tq_place(lane) == 0) {

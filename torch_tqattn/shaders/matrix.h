@@ -114,20 +114,23 @@ static inline void tq_read(device const uchar* row, uint offset, thread uint* wo
   }
 }
 
-// Has a mean fetched, so that it is near when it is read.
-static inline void tq_prefetch_mean(device const half* mean, uint lane) {
+// Has the 32 bytes at a place fetched into the first cache.
+static inline void tq_fetch(device const uchar* bytes) {
 #ifdef __CUDA_ARCH__
-  if (lane < TQ_HEAD_DIM / 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(mean + 64 * lane));
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(bytes));
 #endif
 }
 
-// Has the line of two dense rows fetched that is this lane's of a tile from row `row` on.
-static inline void tq_prefetch_rows(device const uchar* first, device const uchar* second, uint row, uint lane) {
-#ifdef __CUDA_ARCH__
-  const uint line = row * (TQ_HEAD_DIM * 2) + lane * (TQ_HEAD_DIM);
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(first + line));
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(second + line));
-#endif
+// Has a mean fetched, so that it is near when it is read.
+static inline void tq_fetch_mean(device const half* mean, uint lane) {
+  if (lane < TQ_HEAD_DIM / 16) tq_fetch(tq_bytes(mean + 16 * lane));
+}
+
+// Has a tile of dense rows from row `row` on fetched.
+static inline void tq_fetch_rows(device const uchar* rows, uint row, uint lane) {
+#pragma unroll
+  for (uint i = 0; i < TQ_HEAD_DIM / 32; ++i)
+    tq_fetch(rows + row * (TQ_HEAD_DIM * 2) + (i * TQ_SIMD_LANES + lane) * 32);
 }
 
 // This lane's part of a row of numbers of 16 bits, which begins at a multiple of 16 bytes.

@@ -77,6 +77,7 @@ struct TqEncodeParams {
   uint32_t coded_end;
   uint32_t unit;    // positions that are coded together: a block, if there are blocks
   uint32_t pieces;  // threadgroups that a unit is coded by
+  uint32_t kept;    // tokens that a threadgroup puts into the tail
   uint32_t encode;  // csrc/format.h's Encode
   uint32_t has_starts;
   float k_norm_factor;

@@ -26,11 +26,12 @@ kernel void tq_rotate_rows(device const TQ_INPUT* x [[buffer(0)]], device float*
                            constant uint& rows [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
                            uint simdgroup [[simdgroup_index_in_threadgroup]],
                            uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint signs = tq_signs(lane);
   tq_wait_for_earlier_kernels();
   const uint index = tq_row_index(group * simdgroups + simdgroup, lane);
   TqRow row;
   tq_load_row(x, index, rows, lane, row);
-  tq_rotate(lane, row);
+  tq_rotate(lane, signs, row);
   tq_store_row(y, index, rows, lane, row);
 }
 
@@ -39,10 +40,11 @@ kernel void tq_undo_rotation_of_rows(device const TQ_INPUT* x [[buffer(0)]], dev
                                      uint simdgroup [[simdgroup_index_in_threadgroup]],
                                      uint simdgroups [[simdgroups_per_threadgroup]],
                                      uint lane [[thread_index_in_simdgroup]]) {
+  const uint signs = tq_signs(lane);
   tq_wait_for_earlier_kernels();
   const uint index = tq_row_index(group * simdgroups + simdgroup, lane);
   TqRow row;
   tq_load_row(x, index, rows, lane, row);
-  tq_undo_rotation(lane, row);
+  tq_undo_rotation(lane, signs, row);
   tq_store_row(y, index, rows, lane, row);
 }

@@ -1,13 +1,19 @@
-// A row of TQ_HEAD_DIM numbers, held by a group of TQ_ROW_LANES neighbouring lanes of a simdgroup: each has the 16
-// numbers from 16 * its place in the group on. A simdgroup holds TQ_SIMD_ROWS rows at once. Where the head dim is no
-// power of two the group's last lanes hold zeros, and take part in every exchange all the same.
+// A row of TQ_HEAD_DIM numbers, held by a group of TQ_ROW_LANES neighbouring lanes of a simdgroup: each has the
+// TQ_LANE_DIMS numbers from TQ_LANE_DIMS * its place in the group on, 16 of them unless a shader defines
+// TQ_SPREAD_ROWS: then all lanes hold one row, which takes fewer instructions. A simdgroup holds TQ_SIMD_ROWS rows at
+// once. Where the head dim is no power of two the group's last lanes hold zeros, and take part in every exchange all
+// the same.
 #pragma once
 
 #include "tables.h"
 
 #define TQ_SIMD_LANES 32u
-#define TQ_LANE_DIMS 16u
 
+#if defined(TQ_SPREAD_ROWS) && (TQ_HEAD_DIM == 64 || TQ_HEAD_DIM == 128 || TQ_HEAD_DIM == 256)
+#define TQ_LANE_DIMS (TQ_HEAD_DIM / 32u)
+#define TQ_ROW_LANES 32u
+#else
+#define TQ_LANE_DIMS 16u
 #if TQ_HEAD_DIM == 64
 #define TQ_ROW_LANES 4u
 #elif TQ_HEAD_DIM == 80 || TQ_HEAD_DIM == 96 || TQ_HEAD_DIM == 128
@@ -18,6 +24,7 @@
 #define TQ_ROW_LANES 32u
 #else
 #error "TQ_HEAD_DIM is not one of TQ_HEAD_DIMS"
+#endif
 #endif
 
 // The factor of the head dim whose Hadamard matrix is not a power of two, and what is left of it.
@@ -110,10 +117,15 @@ static inline void tq_store_half(device half* row, uint lane, thread const TqRow
 
 // Rotation
 
-static inline void tq_apply_signs(uint lane, thread TqRow& row) {
-  const uint word = kSignWords[tq_place(lane) / 2] >> (16 * (lane % 2));
+// Bit i: this lane's number i is negated. From memory, so that a kernel asks for it before it waits for others.
+static inline uint tq_signs(uint lane) {
+  const uint first = tq_place(lane) * TQ_LANE_DIMS;
+  return kSignWords[first / 32] >> first % 32;
+}
+
+static inline void tq_apply_signs(uint signs, thread TqRow& row) {
 #pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] = ((word >> i) & 1u) != 0u ? -row.x[i] : row.x[i];
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] = ((signs >> i) & 1u) != 0u ? -row.x[i] : row.x[i];
 }
 
 // Sums and differences of numbers `step` apart, for all steps below `count` (a power of two, at most 16) of one lane.
@@ -150,12 +162,9 @@ static inline void tq_hadamard(uint lane, thread TqRow& row) {
   tq_hadamard_in_lane(TQ_LANE_DIMS, row);
 #pragma unroll
   for (uint step = 1; step < TQ_ROW_LANES; step *= 2) {
-    const bool is_upper = (lane & step) != 0;
+    const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
 #pragma unroll
-    for (uint i = 0; i < TQ_LANE_DIMS; ++i) {
-      const float other = simd_shuffle_xor(row.x[i], ushort(step));
-      row.x[i] = is_upper ? other - row.x[i] : row.x[i] + other;
-    }
+    for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] = fma(sign, row.x[i], simd_shuffle_xor(row.x[i], ushort(step)));
   }
 #else
   // Number 16 * place + i is in part (16 * place + i) / inner of TQ_ODD_ORDER parts: mixed within the parts by the
@@ -182,12 +191,12 @@ static inline void tq_hadamard(uint lane, thread TqRow& row) {
   tq_scale(1.0f / precise::sqrt(float(TQ_HEAD_DIM)), row);
 }
 
-static inline void tq_rotate(uint lane, thread TqRow& row) {
-  tq_apply_signs(lane, row);
+static inline void tq_rotate(uint lane, uint signs, thread TqRow& row) {
+  tq_apply_signs(signs, row);
   tq_hadamard(lane, row);
 }
 
-static inline void tq_undo_rotation(uint lane, thread TqRow& row) {
+static inline void tq_undo_rotation(uint lane, uint signs, thread TqRow& row) {
   tq_hadamard(lane, row);
-  tq_apply_signs(lane, row);
+  tq_apply_signs(signs, row);
 }
