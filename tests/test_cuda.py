@@ -80,9 +80,10 @@ def test_half_precision_queries(sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [128, 256])
-@pytest.mark.parametrize("tokens", [1000, 5000, 40_000])
+@pytest.mark.parametrize("tokens", [100, 1000, 3000, 5000, 40_000])
 def test_half_precision_queries_of_long_caches(head_dim: int, tokens: int) -> None:
-    """One part, several, and as many as the device takes, against the float32 kernel."""
+    """One part, clusters of them, parts for another kernel, and as many as the device takes, against the float32
+    kernel."""
     k, v = torch.randn(2, 1, 2, tokens, head_dim, device="cuda")
     for formats in (("tq4", "tq4"), ("tq8", "tq4"), ("f16", "tq8")):
         cache = tq.KVCache(1, 2, head_dim, tokens, *formats, device="cuda")
@@ -107,8 +108,9 @@ def test_work_is_put_on_the_current_stream() -> None:
     assert relative_error(y, expected) < 1e-6
 
 
-def test_many_streams_at_once() -> None:
-    cache, q = filled(), torch.randn(20, 2, 8, 1, 128, device="cuda")
+@pytest.mark.parametrize("dtype", [torch.float, torch.half])
+def test_many_streams_at_once(dtype: torch.dtype) -> None:
+    cache, q = filled(), torch.randn(20, 2, 8, 1, 128, device="cuda", dtype=dtype)
     expected = [tq.attention(x, cache) for x in q]
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
@@ -157,8 +159,9 @@ def captured(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
     return graph, result
 
 
-def test_attention_in_a_graph() -> None:
-    cache, q = filled(), torch.randn(2, 8, 1, 128, device="cuda")
+@pytest.mark.parametrize("dtype", [torch.float, torch.half])
+def test_attention_in_a_graph(dtype: torch.dtype) -> None:
+    cache, q = filled(), torch.randn(2, 8, 1, 128, device="cuda", dtype=dtype)
     tq.attention(q, cache)
     graph, out = captured(lambda: tq.attention(q, cache))
     for _ in range(3):

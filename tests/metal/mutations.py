@@ -109,7 +109,8 @@ MUTATIONS = [
         "clamp(target.first + int(params.sink_length), begin, end)",
         "clamp(target.first, begin, end)",
     ),
-    Mutation("a NaN is counted in the mean", _ENCODE, "is_there && is_finite;", "is_there;"),
+    Mutation("a NaN is counted in the mean", _ENCODE, "tq_add_row(is_there && is_finite,", "tq_add_row(is_there,"),
+    Mutation("a NaN of the tail is counted in the mean", _ENCODE, "new_begin && is_finite,", "new_begin,"),
     Mutation("a mean is of all positions, counted or not", _ENCODE, "max(counted, 1.0f)", "float(count)"),
     Mutation(
         "what is no more there is stored",

@@ -7,7 +7,7 @@
 // Weights have their value's norm in them, and are kept relative to the largest with its norm so far, so that none
 // leaves half precision.
 //
-// Where one threadgroup has all positions of its queries, it also does what reduce.metal does.
+// Where a cluster of threadgroups has all positions of its queries, it also does what reduce.metal does.
 //
 // Specialised as attend.metal, but TQ_QUERIES is 8 or 16; and by TQ_OUTPUT, and TQ_WHOLE: whether the store, and
 // blocks, if there are any, are cut into whole tiles.
@@ -15,6 +15,7 @@
 using namespace metal;
 
 #define TQ_SPREAD_ROWS
+#include "cluster.h"
 #include "finish.h"
 #include "order.h"
 #include "params.h"
@@ -455,9 +456,9 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   work.coded = TQ_TAIL ? clamp(int(params.coded) / TQ_TILE - work.first_tile, 0, tiles) : tiles;
   const int parts = int(params.splits * simdgroups), part = int(group.x * simdgroups + simdgroup);
   const int units = work.sinks + 2 * tiles - work.coded, share = units / parts, more = units - share * parts;
-  const int less = parts - more, from_unit = part * share + max(part - less, 0);  // the last parts have one more
-  const int from = tq_begin_of_unit(work, from_unit);
-  const int to = tq_begin_of_unit(work, from_unit + share + (part < less ? 0 : 1));
+  // Every so often one has a unit more, so that no threadgroup has much more than others.
+  const int from = tq_begin_of_unit(work, part * share + part * more / parts);
+  const int to = tq_begin_of_unit(work, (part + 1) * share + (part + 1) * more / parts);
   // The first tokens, what has been coded, and the newest tokens.
   const int coded_begin = TQ_TAIL ? clamp(first + int(params.sink_length), from, to) : from;
   const int coded_end = TQ_TAIL ? clamp(int(params.coded), coded_begin, to) : to;
@@ -680,22 +681,36 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
     }
   }
   if (finish.is_finished == 0) return;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  tq_wait_for_cluster();
 
-  // There are no other parts.
-  for (uint r = simdgroup * TQ_SIMD_ROWS; r < used_rows; r += simdgroups * TQ_SIMD_ROWS) {
-    const uint used = min(r + lane / TQ_ROW_LANES, used_rows - 1);
-    threadgroup const float* numbers = merged + used * TQ_SUMS_STRIDE;
-    TqState state;
-    tq_clear(state.out);
-    if (tq_is_used(lane)) {
+  // There are no other parts. The cluster's threadgroups share the rows.
+  const uint signs_again = tq_signs(lane);
+  for (uint row = group.x + params.splits * simdgroup; row < used_rows; row += params.splits * simdgroups) {
+    threadgroup const float* its = merged + row * TQ_SUMS_STRIDE;
+    const float2 scale = tq_read_of_cluster(its + TQ_HEAD_DIM, min(lane, params.splits - 1));
+    TqRow parts_of_row[TQ_MOST_OF_CLUSTER];
 #pragma unroll
-      for (uint i = 0; i < TQ_LANE_DIMS; ++i) state.out.x[i] = numbers[tq_place(lane) * TQ_LANE_DIMS + i];
+    for (uint n = 0; n < TQ_MOST_OF_CLUSTER; ++n) {
+      tq_load_of_cluster(its, min(n, params.splits - 1), lane, parts_of_row[n]);
     }
-    state.sum = numbers[TQ_HEAD_DIM];
-    state.largest = numbers[TQ_HEAD_DIM + 1];
-    const ulong to = tq_query(params, batch, kv_head, first_row + used);
+    TqState state;
+    tq_start(state);
+    state.largest = scale.y;
+#pragma unroll
+    for (uint step = 1; step < TQ_MOST_OF_CLUSTER; step *= 2) {
+      state.largest = max(state.largest, simd_shuffle_xor(state.largest, ushort(step)));
+    }
+    const float factor = lane < params.splits ? tq_decay(scale.y, state.largest) : 0.0f;
+#pragma unroll
+    for (uint n = 0; n < TQ_MOST_OF_CLUSTER; ++n) {
+      const float its_factor = simd_shuffle(factor, ushort(n));
+      state.sum = fma(its_factor, simd_shuffle(scale.x, ushort(n)), state.sum);
+      if (n < params.splits) tq_add(its_factor, parts_of_row[n], state.out);
+    }
+    state.largest = simd_shuffle(state.largest, ushort(0));
+    const ulong to = tq_query(params, batch, kv_head, first_row + row);
     if (finish.has_sinks != 0) tq_add_sink(sinks[to / params.q_len % params.num_heads], state);
-    tq_finish(state, finish, lane, tq_signs(lane), r + lane / TQ_ROW_LANES < used_rows, to, out, lse);
+    tq_finish(state, finish, lane, signs_again, lane < TQ_ROW_LANES, to, out, lse);
   }
+  if (params.splits > 1) tq_leave_cluster();
 }

@@ -12,7 +12,8 @@ using namespace metal;
 #include "params.h"
 #include "store.h"
 
-#define TQ_AT_ONCE 4  // rows of the tail that a simdgroup reads before it adds them to a mean
+#define TQ_AT_ONCE \
+  (TQ_LANE_DIMS < 4 ? 8 : 32 / int(TQ_LANE_DIMS))  // rows of the tail that a lane reads before it adds them to a mean
 
 // Where one KV head of one side comes from and goes to.
 struct TqTarget {
@@ -59,9 +60,7 @@ struct TqSum {
   float counted;
 };
 
-static inline void tq_add_finite(bool is_there, thread const TqRow& row, thread TqSum& sum) {
-  const bool is_finite = tq_is_finite(row);
-  const bool counts = is_there && is_finite;
+static inline void tq_add_row(bool counts, thread const TqRow& row, thread TqSum& sum) {
   sum.counted += counts ? 1.0f : 0.0f;
 #pragma unroll
   for (uint i = 0; i < TQ_LANE_DIMS; ++i) sum.row.x[i] += counts ? row.x[i] : 0.0f;
@@ -77,22 +76,37 @@ static inline void tq_block_mean(int begin, int end, thread const TqTarget& targ
   const int stride = int(simdgroups * TQ_SIMD_ROWS), ahead = int(simdgroup * TQ_SIMD_ROWS);
   const int counted_begin = clamp(target.first + int(params.sink_length), begin, end);
   const int new_begin = clamp(int(params.position), counted_begin, end);
+  const uint nearest = uint(counted_begin) % max(params.tail_slots, 1u);
+  uint next = nearest + uint(ahead) + lane / TQ_ROW_LANES;
   for (int at = counted_begin + ahead; at < new_begin; at += TQ_AT_ONCE * stride) {
-    TqRow rows[TQ_AT_ONCE];
     const int position = at + int(lane / TQ_ROW_LANES);
+    TqRow rows[TQ_AT_ONCE];
+    float nothing = 0.0f;
 #pragma unroll
     for (int i = 0; i < TQ_AT_ONCE; ++i) {
-      const int used = min(position + i * stride, new_begin - 1);
-      tq_load(target.tail + tq_ring_row(used, params.sink_length, params.tail_slots) * TQ_HEAD_DIM, lane, rows[i]);
+      while (next >= params.tail_slots) next -= params.tail_slots;
+      const uint row = position + i * stride < new_begin ? next : nearest;
+      tq_load(target.tail + (params.sink_length + row) * TQ_HEAD_DIM, lane, rows[i]);
+      next += uint(stride);
     }
 #pragma unroll
-    for (int i = 0; i < TQ_AT_ONCE; ++i) tq_add_finite(position + i * stride < new_begin, rows[i], sum);
+    for (int i = 0; i < TQ_AT_ONCE; ++i) {
+#pragma unroll
+      for (uint n = 0; n < TQ_LANE_DIMS; ++n) nothing += rows[i].x[n] - rows[i].x[n];
+    }
+    const bool are_finite = !simd_any(nothing != 0.0f);
+#pragma unroll
+    for (int i = 0; i < TQ_AT_ONCE; ++i) {
+      const bool is_finite = are_finite || tq_is_finite(rows[i]);
+      tq_add_row(position + i * stride < new_begin && is_finite, rows[i], sum);
+    }
   }
   for (int at = new_begin + ahead; at < end; at += stride) {
     const int position = at + int(lane / TQ_ROW_LANES);
     TqRow row;
     tq_fetch(min(position, end - 1), target, params, lane, row);
-    tq_add_finite(position < end, row, sum);
+    const bool is_there = position < end, is_finite = tq_is_finite(row);
+    tq_add_row(is_there && is_finite, row, sum);
   }
 #pragma unroll
   for (uint step = TQ_ROW_LANES; step < TQ_SIMD_LANES; step *= 2) {
@@ -165,15 +179,14 @@ static inline void tq_encode_rows(int begin, int count, int from, int to, thread
 // params.pieces threadgroups: positions params.coded_begin + params.unit * (group.x / params.pieces) on, as many as
 // params.unit, of head group.y (sequence * KV heads + KV head), side group.z. Each finds their mean, and codes its
 // piece. scratch: TQ_HEAD_DIM + 1 floats for each simdgroup.
-kernel void tq_encode(device const TQ_INPUT* k [[buffer(0)]], device const TQ_INPUT* v [[buffer(1)]],
-                      device uchar* k_codes [[buffer(2)]], device float* k_norms [[buffer(3)]],
-                      device half* k_means [[buffer(4)]], device half* k_tail [[buffer(5)]],
-                      device uchar* v_codes [[buffer(6)]], device float* v_norms [[buffer(7)]],
-                      device half* v_means [[buffer(8)]], device half* v_tail [[buffer(9)]],
-                      device const int* starts [[buffer(10)]], constant TqEncodeParams& params [[buffer(11)]],
-                      threadgroup float* scratch [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
-                      uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-                      uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[max_total_threads_per_threadgroup(TQ_ENCODE_THREADS)]] kernel void tq_encode(
+    device const TQ_INPUT* k [[buffer(0)]], device const TQ_INPUT* v [[buffer(1)]], device uchar* k_codes [[buffer(2)]],
+    device float* k_norms [[buffer(3)]], device half* k_means [[buffer(4)]], device half* k_tail [[buffer(5)]],
+    device uchar* v_codes [[buffer(6)]], device float* v_norms [[buffer(7)]], device half* v_means [[buffer(8)]],
+    device half* v_tail [[buffer(9)]], device const int* starts [[buffer(10)]],
+    constant TqEncodeParams& params [[buffer(11)]], threadgroup float* scratch [[threadgroup(0)]],
+    uint3 group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
   const uint signs = tq_signs(lane);
   tq_wait_for_earlier_kernels();
   const bool is_k = group.z == 0;

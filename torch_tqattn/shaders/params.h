@@ -41,13 +41,19 @@ struct TqAttendParams {
   uint32_t mean_ring;    // rows of means; 1 if there are none
 };
 
+// Threads of a threadgroup that codes, at most.
+#define TQ_ENCODE_THREADS 512
+
 // Threads of a threadgroup of attend_matrix.metal, by what registers they need.
 #define TQ_MATRIX_THREADS(head_dim, queries) ((head_dim) <= 128 && (queries) == 8 ? 512 : 256)
+
+// Threadgroups of attend_matrix.metal whose parts are merged where they are, at most.
+#define TQ_MOST_OF_CLUSTER 8
 
 // Entries of attend_matrix.metal's tables of the levels of codes of so many bits. An entry takes 256 bytes, of K and V.
 #define TQ_TABLE_ENTRIES(bits) ((bits) == 16 ? 0u : (bits) <= 4 ? 256u : 1u << (bits) % 16)
 
-// How attention ends: in reduce.metal, or in attend_matrix.metal where there is but one part.
+// How attention ends: in reduce.metal, or in attend_matrix.metal where its threadgroups are one cluster.
 struct TqFinishParams {
   uint32_t is_finished;  // 1: attend_matrix.metal leaves results, not parts
   uint32_t has_sinks;

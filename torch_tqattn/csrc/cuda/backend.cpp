@@ -12,14 +12,14 @@ using at::Tensor;
 
 constexpr uint32_t kQueries = 2;
 constexpr uint32_t kThreadgroupsOfMultiprocessor = 8;  // fewer leave it waiting for memory
-constexpr uint32_t kEncodeWarps = 16;
 
 gpu::Device describe(c10::Device device) {
   const DeviceProperties& its = properties(device.index());
   gpu::Device described{kQueries, kThreadgroupsOfMultiprocessor * its.processors};
   described.matrix_processors = its.version >= 80 ? its.processors : 0;
   described.matrix_bytes = its.shared_bytes;
-  described.encode_simdgroups = kEncodeWarps;
+  described.has_clusters = its.version >= 90;
+  described.encode_simdgroups = TQ_ENCODE_THREADS / 32;
   described.encode_threadgroups = its.processors;
   return described;
 }

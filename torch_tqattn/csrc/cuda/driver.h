@@ -17,7 +17,7 @@ constexpr int kMaxThreadsPerBlock = 0, kSharedBytes = 1, kMaxDynamicSharedBytes 
 constexpr int kMultiprocessors = 16, kMajorVersion = 75, kMinorVersion = 76,
               kMaxSharedBytesOfKernel = 97;  // a device's
 constexpr int kRelaxedCapture = 2;
-constexpr int kProgrammaticStreamSerialization = 6;  // a launch's
+constexpr int kClusterDimension = 4, kProgrammaticStreamSerialization = 6;  // a launch's
 
 // CUDA's structures, as the driver has them in memory.
 struct LaunchAttribute {
@@ -25,6 +25,7 @@ struct LaunchAttribute {
   char padding[4];
   union {
     int value;
+    unsigned cluster[3];
     char room[64];
   };
 };

@@ -75,10 +75,17 @@ void launch(const std::vector<Launch>& launches, c10::Device device) {
       }
     }
     parameters[count] = const_cast<uint32_t*>(launch.groups.data());
+    c10::SmallVector<LaunchAttribute, 2> attributes;
     // Every kernel waits for those ahead of it by itself (shaders/order.h).
-    LaunchAttribute early{};
-    early.id = kProgrammaticStreamSerialization;
-    early.value = 1;
+    if (properties(device.index()).starts_early) {
+      attributes.emplace_back().id = kProgrammaticStreamSerialization;
+      attributes.back().value = 1;
+    }
+    if (launch.cluster > 1) {
+      attributes.emplace_back().id = kClusterDimension;
+      attributes.back().cluster[0] = launch.cluster;
+      attributes.back().cluster[1] = attributes.back().cluster[2] = 1;
+    }
     LaunchConfig config{};
     const auto& groups = launch.groups;
     const bool fits = groups[1] <= kMostGroups && groups[2] <= kMostGroups;  // else all are counted in one dimension
@@ -89,8 +96,8 @@ void launch(const std::vector<Launch>& launches, c10::Device device) {
     config.block[1] = config.block[2] = 1;
     config.shared_bytes = shared_bytes(launch);
     config.stream = stream;
-    config.attributes = &early;
-    config.attribute_count = properties(device.index()).starts_early ? 1 : 0;
+    config.attributes = attributes.data();
+    config.attribute_count = static_cast<unsigned>(attributes.size());
     check(driver().cuLaunchKernelEx(&config, kernel.function, parameters.data(), nullptr), launch.kernel.name);
   }
 }

@@ -73,6 +73,7 @@ struct Launch {
   std::array<uint32_t, 3> groups;             // threadgroups of the grid
   uint32_t simdgroups;                        // of a threadgroup
   std::vector<uint32_t> threadgroup_bytes{};  // by threadgroup index: multiples of 16
+  uint32_t cluster = 1;                       // threadgroups, along the first axis, that read each other's memory
 };
 
 }  // namespace tqattn::gpu

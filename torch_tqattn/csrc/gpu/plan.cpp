@@ -174,6 +174,15 @@ Variant choose_variant(const AttendCall& call, const Tensor& q, int64_t group_ro
       attend_floats, false};
 }
 
+// Whether the threadgroups of these tasks run all at once if those of a task are a cluster. Its processors have to be
+// near each other: of an H200's 132, pairs can have all, clusters of 4 and of 8 can have 120.
+bool fits_in_clusters(int64_t tasks, int64_t splits, uint32_t simdgroups, const Variant& variant,
+                      const Device& device) {
+  const int64_t of_processor = std::max(variant.simdgroups / simdgroups, 1u);
+  const int64_t room = variant.threadgroups * of_processor;
+  return device.has_clusters && tasks * splits <= (splits == 2 ? room : room * 3 / 4);
+}
+
 Launch reduce_launch(const Tensor& partials, const OptionalTensor& sinks, const Tensor& out, const OptionalTensor& lse,
                      const TqReduceParams& params, const TqFinishParams& finish, int64_t head_dim) {
   return {{"reduce",
@@ -284,7 +293,17 @@ std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
   if (params.splits == 0) {
     const int64_t most = std::max<int64_t>(positions / (simdgroups * variant.fewest_positions), 1);
     params.splits = static_cast<uint32_t>(std::clamp<int64_t>(variant.threadgroups / tasks, 1, most));
+    // Fewer and larger threadgroups, if these are one cluster and a simdgroup has but a tile: another kernel takes
+    // longer.
+    const int64_t cluster_positions = int64_t{TQ_MOST_OF_CLUSTER} * variant.simdgroups * variant.fewest_positions;
+    if (device.has_clusters && variant.finishes && call.simdgroups == 0 && params.splits > TQ_MOST_OF_CLUSTER &&
+        positions <= cluster_positions) {
+      params.splits = TQ_MOST_OF_CLUSTER;
+      simdgroups = variant.simdgroups;
+    }
   }
+  const bool is_cluster = variant.finishes && !call.partials.has_value() && params.splits <= TQ_MOST_OF_CLUSTER &&
+                          (params.splits == 1 || fits_in_clusters(tasks, params.splits, simdgroups, variant, device));
   params.batch = static_cast<uint32_t>(batch);
   params.has_starts = call.starts.has_value();
   params.has_lengths = call.lengths.has_value();
@@ -300,7 +319,7 @@ std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
   const OptionalTensor sinks =
       call.sinks.has_value() ? OptionalTensor(call.sinks->to(at::kFloat).contiguous()) : std::nullopt;
   TqFinishParams finish{};
-  finish.is_finished = variant.finishes && params.splits == 1 && !call.partials.has_value();
+  finish.is_finished = is_cluster;
   finish.has_sinks = sinks.has_value();
   finish.has_lse = call.lse.has_value();
   finish.undo_rotation = call.undo_rotation;
@@ -339,7 +358,8 @@ std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
                                 std::move(arguments),
                                 {params.splits, to_count(params.num_kv_heads * tiles, "threadgroups"), params.batch},
                                 simdgroups,
-                                {padded_bytes(variant.floats(call, variant.queries, simdgroups))}}};
+                                {padded_bytes(variant.floats(call, variant.queries, simdgroups))},
+                                is_cluster ? params.splits : 1}};
   if (finish.is_finished == 0) {
     launches.push_back(reduce_launch(partials, sinks, call.out, call.lse, reduce, finish, head_dim));
   }

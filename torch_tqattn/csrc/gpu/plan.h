@@ -16,6 +16,7 @@ struct Device {
   // run there, or does not pay.
   uint32_t matrix_processors = 0;
   uint32_t matrix_bytes = 0;
+  bool has_clusters = false;         // of threadgroups that read each other's memory
   uint32_t encode_simdgroups = 4;    // at most, of a threadgroup that codes a block
   uint32_t encode_threadgroups = 1;  // among so many, blocks are coded in pieces
 };
