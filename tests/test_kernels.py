@@ -152,7 +152,8 @@ def test_special_numbers(block_size: int, storage: str, gpu: str) -> None:
         for device in ("cpu", gpu)
     ]
     for cache in caches:
-        cache.append(x.to(cache.device), x.to(cache.device))
+        for part in x.split(21, 2):  # a NaN waits in the tail, others are coded as they come
+            cache.append(part.to(cache.device), part.to(cache.device))
     for expected, got in zip(caches[0].dense(), caches[1].dense(), strict=True):
         got = got.cpu()
         assert torch.equal(got.isnan(), expected.isnan())

@@ -409,7 +409,7 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
 
 // Threads as in attend.metal.
 //
-// memory: the tables of K's and V's levels and TQ_QUERIES rows of queries, and TQ_MATRIX_LANE_FLOATS of each lane;
+// memory: the tables of K's and V's levels and TQ_QUERIES rows of queries;
 // then, in the same place, for each simdgroup TQ_QUERIES rows of sums, and of each row the largest logit and the sum of
 // weights; then TQ_QUERIES rows of results.
 [[max_total_threads_per_threadgroup(TQ_THREADS)]] kernel void tq_attend_matrix(
@@ -684,7 +684,7 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   tq_wait_for_cluster();
 
   // There are no other parts. The cluster's threadgroups share the rows.
-  const uint signs_again = tq_signs(lane);
+  const uint result_signs = tq_signs(lane);  // again: no register holds them meanwhile
   for (uint row = group.x + params.splits * simdgroup; row < used_rows; row += params.splits * simdgroups) {
     threadgroup const float* its = merged + row * TQ_SUMS_STRIDE;
     const float2 scale = tq_read_of_cluster(its + TQ_HEAD_DIM, min(lane, params.splits - 1));
@@ -710,7 +710,7 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
     state.largest = simd_shuffle(state.largest, ushort(0));
     const ulong to = tq_query(params, batch, kv_head, first_row + row);
     if (finish.has_sinks != 0) tq_add_sink(sinks[to / params.q_len % params.num_heads], state);
-    tq_finish(state, finish, lane, signs_again, lane < TQ_ROW_LANES, to, out, lse);
+    tq_finish(state, finish, lane, result_signs, lane < TQ_ROW_LANES, to, out, lse);
   }
   if (params.splits > 1) tq_leave_cluster();
 }
