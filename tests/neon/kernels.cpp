@@ -89,7 +89,7 @@ void run_attend(std::FILE* file, const HeadStore& store, int64_t head_dim, int64
   std::vector<int64_t> begin(rows, kFirst), end(rows, kLength);
   begin[rows / 2] = 40;
   end[rows - 1] = 200;
-  AttendTask task{&params,      store,      store,   q.data(),   rows,        kFirst,   kLength,
+  AttendTask task{&params,      store,      store,   q.data(),   rows,        3,        kFirst, kLength,
                   begin.data(), end.data(), nullptr, out.data(), sums.data(), head_dim, 2};
   baseline_kernels().attend(task);
   write(file, out);

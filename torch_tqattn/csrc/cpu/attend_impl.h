@@ -6,21 +6,9 @@
 //
 // Part of kernels_impl.h: compiled once for each instruction set.
 
-constexpr int kMaxTile = 64;
-constexpr int kLogitRow = kMaxTile + 16;  // from one row's logits to the next one's
-constexpr int kDirectRows = 8;            // queries up to which reading codes again is cheaper than storing numbers
-constexpr int kCopiedRow = 96;            // bytes of a row that may have to be copied: head_dim no multiple of kCodes
-constexpr int kDenseFloats = 8192;        // 32 KiB: positions of a tile times dims
-
-// Calls function with std::integral_constant<int, rows in this group> for groups of at most 4 rows.
-template <typename Function>
-void for_row_groups(int64_t rows, Function function) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) function(r, std::integral_constant<int, 4>());
-  if (rows - r == 3) function(r, std::integral_constant<int, 3>());
-  if (rows - r == 2) function(r, std::integral_constant<int, 2>());
-  if (rows - r == 1) function(r, std::integral_constant<int, 1>());
-}
+constexpr int kDirectRows = 8;      // queries up to which reading codes again is cheaper than storing numbers
+constexpr int kCopiedRow = 96;      // bytes of a row that may have to be copied: head_dim no multiple of kCodes
+constexpr int kDenseFloats = 8192;  // 32 KiB: positions of a tile times dims
 
 // Queries in groups as for_row_groups makes them, a group's vectors side by side: one address is enough to read them.
 void interleave(const float* q, int64_t rows, int64_t head_dim, float* out) {
@@ -145,6 +133,7 @@ class Attention {
     interleave(task.q, task.rows, head_dim_, q_);
     if (!has_coded_) return;
     keys_.with_rows(Place::kCoded, [&](const auto& rows) {
+      if constexpr (std::decay_t<decltype(rows)>::kIsInteger) return set_queries(rows, task, integers_);
       float* ordered = coded_out_;  // not in use yet
       for (int64_t r = 0; r < task.rows; ++r) rows.order(task.q + r * head_dim_, ordered + r * padded_);
       interleave(ordered, task.rows, padded_, coded_q_);
@@ -164,7 +153,13 @@ class Attention {
     }
     if (!has_coded_) return;
     values_.with_rows(Place::kCoded, [&](const auto& rows) {
-      for (int64_t r = 0; r < task_.rows; ++r) rows.add_natural(coded_out_ + r * padded_, out(r));
+      for (int64_t r = 0; r < task_.rows; ++r) {
+        if constexpr (std::decay_t<decltype(rows)>::kIsInteger) {
+          rows.add_natural(coded_out_ + r * padded_, out(r), kWovenOrder);
+        } else {
+          rows.add_natural(coded_out_ + r * padded_, out(r));
+        }
+      }
     });
   }
 
@@ -195,6 +190,22 @@ class Attention {
   Span densify(const Rows& rows, Span span, int64_t count) {
     for (int64_t j = 0; j < count; ++j) read_row(rows, span.first + j * span.stride, head_dim_, dense_ + j * padded_);
     return {reinterpret_cast<const uint8_t*>(dense_), padded_ * 4};
+  }
+
+  // What only makes sense in floats: weights that are none, infinite or negative.
+  template <typename Rows>
+  void add_one_by_one(const Rows& rows, Span span, int64_t count, int64_t from, int64_t to, const float* weights) {
+    for (int64_t j = 0; j < count; ++j) {
+      float* ordered = dense_;
+      float* row = dense_ + padded_;
+      read_row(rows, span.first + j * span.stride, head_dim_, ordered);
+      std::memset(row, 0, head_dim_ * sizeof(float));
+      rows.add_natural(ordered, row);
+      for (int64_t r = 0; r < task_.rows; ++r) {
+        const float weight = weights[r * kLogitRow + j];
+        for (int64_t i = from; weight != 0 && i < to; ++i) out(r)[i] += weight * row[i];
+      }
+    }
   }
 
   // Half-precision rows of values, with zeros for those that not all queries may see and that have no finite numbers:
@@ -233,6 +244,9 @@ class Attention {
     }
     const Span span = keys_.readable_rows(begin, count, copied_);
     with_coded_rows(task_.k, head_dim_, [&](const auto& rows) {
+      if constexpr (std::decay_t<decltype(rows)>::kIsInteger) {
+        return score_integers(rows, span, count, from, to, task_, integers_, logits);
+      }
       if (is_direct()) return score(rows, span, count, from, to, coded_q_, padded_, logits);
       const int64_t padded_to = to == head_dim_ ? padded_ : to;
       score(FloatRows{padded_}, densify(rows, span, count), count, from, padded_to, coded_q_, padded_, logits);
@@ -258,6 +272,10 @@ class Attention {
     }
     const Span span = values_.readable_rows(begin, count, copied_);
     with_coded_rows(task_.v, head_dim_, [&](const auto& rows) {
+      if constexpr (std::decay_t<decltype(rows)>::kIsInteger) {
+        const bool is_added = add_integers(rows, span, count, from, to, task_, weights, integers_, coded_out_, padded_);
+        return is_added ? void() : add_one_by_one(rows, span, count, from, to, weights);
+      }
       if (is_direct()) return add(rows, span, count, from, to, weights, coded_out_, padded_);
       const int64_t padded_to = to == head_dim_ ? padded_ : to;
       add(FloatRows{padded_}, densify(rows, span, count), count, from, padded_to, weights, coded_out_, padded_);
@@ -289,33 +307,41 @@ class Attention {
     }
   }
 
-  // Logits of one row to weights; updates the row's sum and maximum and rescales what it has gathered so far, the
-  // weight of its block's mean included.
-  void softmax_row(int64_t r, int64_t padded) {
-    float* logits = logits_ + r * kLogitRow;
-    float* sums = task_.sums + r * task_.sums_stride;
-    FloatVec largest = broadcast(-INFINITY);
-    for (int64_t j = 0; j < padded; j += kWidth) largest = max(load(logits + j), largest);
-    const float old_max = sums[1];
-    const float tile_max = max_lanes(largest);
-    const float new_max = tile_max > old_max ? tile_max : old_max;
-    const float shift = new_max == -INFINITY ? 0.0f : new_max;  // a row that has seen nothing yet
-    FloatVec total = {};
-    for (int64_t j = 0; j < padded; j += kWidth) {
-      const FloatVec weight = exp_negative(load(logits + j) - shift);
-      store(logits + j, weight);
-      total += weight;
+  // Logits to weights; updates the rows' sums and maxima and rescales what has been gathered so far, the weight of the
+  // block's mean included. Each step is done for all rows, which need not wait for each other.
+  void softmax(int64_t padded) {
+    float old_max[kMaxTaskRows], shift[kMaxTaskRows];
+    FloatVec totals[kMaxTaskRows];
+    for (int64_t r = 0; r < task_.rows; ++r) {
+      FloatVec largest = broadcast(-INFINITY);
+      for (int64_t j = 0; j < padded; j += kWidth) largest = max(load(logits_ + r * kLogitRow + j), largest);
+      float& row_max = task_.sums[r * task_.sums_stride + 1];
+      const float tile_max = max_lanes(largest);
+      old_max[r] = row_max;
+      row_max = tile_max > row_max ? tile_max : row_max;
+      shift[r] = row_max == -INFINITY ? 0.0f : row_max;  // a row that has seen nothing yet
     }
-    const float added = sum_lanes(total);
-    sums[1] = new_max;
-    if (new_max == old_max) {
-      sums[0] += added;
+    for (int64_t r = 0; r < task_.rows; ++r) {
+      totals[r] = FloatVec{};
+      for (int64_t j = 0; j < padded; j += kWidth) {
+        float* at = logits_ + r * kLogitRow + j;
+        const FloatVec weight = exp_negative(load(at) - shift[r]);
+        store(at, weight);
+        totals[r] += weight;
+      }
+    }
+    for (int64_t r = 0; r < task_.rows; ++r) {
+      float& sum = task_.sums[r * task_.sums_stride];
+      const float added = sum_lanes(totals[r]);
+      if (task_.sums[r * task_.sums_stride + 1] != old_max[r]) rescale(r, std::exp(old_max[r] - shift[r]));
+      sum += added;
       mean_weights_[r] += added;
-      return;
     }
-    const float decay = std::exp(old_max - shift);
-    sums[0] = sums[0] * decay + added;
-    mean_weights_[r] = mean_weights_[r] * decay + added;
+  }
+
+  void rescale(int64_t r, float decay) {
+    task_.sums[r * task_.sums_stride] *= decay;
+    mean_weights_[r] *= decay;
     float* coded = coded_out_ + r * padded_;
     for (int64_t i = 0; i < head_dim_; i += kWidth) store(out(r) + i, load(out(r) + i) * decay);
     for (int64_t i = 0; has_coded_ && i < padded_; i += kWidth) store(coded + i, load(coded + i) * decay);
@@ -342,7 +368,7 @@ class Attention {
     const bool is_common = begin >= common_begin_ && end <= common_end_ && count == padded;
     if (!is_common) is_seen = hide_positions(task_, begin, count, padded, logits_);
     if (is_seen) {
-      for (int64_t r = 0; r < task_.rows; ++r) softmax_row(r, padded);
+      softmax(padded);
       for (int64_t from = 0; from < head_dim_; from += TQ_NORM_GROUP) {
         weigh(place, begin, count, padded, from / TQ_NORM_GROUP);
         add_group(place, begin, count, from, is_common, weights_);
@@ -380,6 +406,7 @@ class Attention {
   alignas(64) float coded_q_[kMaxTaskRows * TQ_MAX_HEAD_DIM];
   alignas(64) float coded_out_[kMaxTaskRows * TQ_MAX_HEAD_DIM];
   alignas(64) float dense_[kDenseFloats];
+  IntegerProducts integers_;
   uint8_t copied_[kMaxTile * kCopiedRow + kCodes];
 };
 

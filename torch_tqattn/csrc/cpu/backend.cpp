@@ -25,7 +25,7 @@ const Kernels& kernels() {
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vbmi");
+                            __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
     if (has_avx512 && allowed == "AVX512") return avx512_kernels();
     if (has_avx2 && (allowed == "AVX512" || allowed == "AVX2")) return avx2_kernels();
     return baseline_kernels();
@@ -299,6 +299,7 @@ class CpuBackend final : public Backend {
     task.v = head_store(call.v, head, call.starts);
     task.q = queries + (head * all_rows + first_row) * head_dim;
     task.rows = std::min(kMaxTaskRows, all_rows - first_row);
+    task.digits = call.q.scalar_type() == at::kFloat ? 3 : 2;
     int64_t begin = params.length, end = 0;
     for (int64_t r = 0; r < task.rows; ++r) {
       const Visibility seen = visibility(call, mask, head / kv_heads, (first_row + r) / group);

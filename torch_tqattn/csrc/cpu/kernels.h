@@ -14,6 +14,9 @@ namespace tqattn::cpu {
 // codebook is repeated to fill the table.
 struct LevelTable {
   alignas(64) uint8_t bytes[4][256];
+  // Levels that are integers of 8 bits, as such and with 128 added.
+  alignas(64) uint8_t with_sign[256];
+  uint8_t above_128[256];
   float factor;  // what a level in the table is to be multiplied with
 };
 
@@ -58,6 +61,7 @@ struct AttendTask {
   HeadStore v;
   const float* q;  // [rows, head_dim], rotated and scaled
   int64_t rows;
+  int digits;     // of 8 bits, that products in integers keep of queries and weights: 2 or 3
   int64_t begin;  // positions of this part
   int64_t end;
   const int64_t* row_begin;  // [rows] positions that each row may see

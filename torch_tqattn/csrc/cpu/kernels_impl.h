@@ -11,6 +11,8 @@ namespace {
 #include "levels_impl.h"
 #include "rows_impl.h"
 #include "decode_impl.h"
+#include "tile_impl.h"
+#include "integers_impl.h"
 #include "attend_impl.h"
 // clang-format on
 

@@ -23,6 +23,8 @@ LevelTable make_table(const Codebook& codebook) {
     uint8_t bytes[4];
     std::memcpy(bytes, &level, 4);
     for (int b = 0; b < 4; ++b) table.bytes[b][i] = bytes[b];
+    table.with_sign[i] = static_cast<uint8_t>(has_integers ? codebook.integers[code] : 0);
+    table.above_128[i] = static_cast<uint8_t>(table.with_sign[i] + 128);
   }
   return table;
 }

@@ -171,7 +171,7 @@ constexpr int kFoldedBits = 6;  // from so many bits on, half a look-up is worth
 constexpr int kFoldedBits = 8;
 #endif
 
-// Codes to levels, over the table's factor: half kHalf of the codes to two vectors, in the order of kOrder below.
+// Codes to levels, over the table's factor: half kHalf of the codes to two vectors, in the order of kLevelOrder below.
 template <int kBits, int kBytesOfLevel, int kHalf>
 TQ_INLINE void levels_of(const LevelTable& table, ByteVec codes, FloatVec* out) {
   // Integer codebooks are symmetric: the lower half of the codes has the upper half's levels, mirrored and negative.
@@ -191,15 +191,21 @@ TQ_INLINE void levels_of(const LevelTable& table, ByteVec codes, FloatVec* out) 
   join<kBytesOfLevel>(upper, lower, out);
 }
 
-// Which code of a vector of them becomes which number of the four vectors of levels.
-struct LevelOrder {
+// Which code of a vector of them is which number of four vectors.
+struct CodeOrder {
   uint8_t code[kCodes]{};
-  constexpr LevelOrder() {
-    for (int i = 0; i < kCodes; ++i) {
-      const int vector = i / kWidth, lane = i % kWidth / 4, place = i % 4;  // lanes of 16 bytes
-      code[i] = static_cast<uint8_t>(16 * lane + 8 * (vector / 2) + 2 * place + vector % 2);
-    }
+  template <typename Function>
+  constexpr explicit CodeOrder(Function code_of) {
+    for (int i = 0; i < kCodes; ++i) code[i] = static_cast<uint8_t>(code_of(i / kWidth, i % kWidth));
   }
 };
 
-constexpr LevelOrder kOrder;
+// As levels_of has them.
+constexpr CodeOrder kLevelOrder([](int vector, int lane) {
+  return 16 * (lane / 4) + 8 * (vector / 2) + 2 * (lane % 4) + vector % 2;
+});
+// As they come in a vector of bytes.
+constexpr CodeOrder kByteOrder([](int vector, int lane) { return vector * kWidth + lane; });
+
+// As `weave` of integers_impl.h has them: lane 4 l + i of vector n is byte 16 l + 4 n + i.
+constexpr CodeOrder kWovenOrder([](int vector, int lane) { return lane / 4 * 16 + vector * 4 + lane % 4; });

@@ -35,6 +35,8 @@ template <typename Load>
 struct NaturalRows {
   int64_t head_dim;
 
+  static constexpr bool kIsInteger = false;
+
   template <typename Function>
   TQ_INLINE void for_each_part(int64_t from, int64_t to, Function f) const {
     int64_t at = from;
@@ -70,6 +72,9 @@ struct CodedRows {
   int64_t head_dim;
   const LevelTable& table;
 
+  // Whether levels are integers of 8 bits, and there is an instruction for their products.
+  static constexpr bool kIsInteger = kHasDot && kBytesOfLevel == 2;
+
   static constexpr int kHigh = kLow == 8 ? 0 : kBits - kLow;
   // Where a byte has two codes, a vector of them is read at once, the even ones and then the odd ones.
   static constexpr int kPairs = kLow == 8 ? 1 : 2;
@@ -78,7 +83,6 @@ struct CodedRows {
   template <int kPerByte, int kWhich>
   TQ_INLINE ByteVec codes(const uint8_t* row, int64_t at) const {
     const uint8_t* low_plane = row + at * kLow / 8;
-    if (kWhich == 0) __builtin_prefetch(low_plane + kPrefetchBytes);
     if constexpr (kLow == 8) {
       return spread<1>(low_plane);
     } else {
@@ -98,15 +102,45 @@ struct CodedRows {
     const CodedRows& rows;
     int64_t at;
     TQ_INLINE void operator()(const uint8_t* row, FloatVec* x) const {
+      if (kWhich == 0) __builtin_prefetch(row + at * kLow / 8 + kPrefetchBytes);
       const ByteVec codes = rows.codes<kPerByte, kWhich>(row, at);
       levels_of<kBits, kBytesOfLevel, kHalf>(rows.table, codes, x);
       if constexpr (kPartVectors == 4) levels_of<kBits, kBytesOfLevel, 1>(rows.table, codes, x + 2);
     }
   };
 
+  // Bytes of one or two codes, as they are read: what is above a code is anything. The second ones are kCodes numbers
+  // further in the rows' own order.
+  template <int kPerByte, int kWhich, int kCodesOfByte>
+  struct PackedCodes {
+    static constexpr int kShift = kCodesOfByte == 1 ? 0 : kLow;  // from one code of a byte to the next
+    const CodedRows& rows;
+    int64_t at;
+    TQ_INLINE ByteVec read(const uint8_t* row) const { return rows.codes<kPerByte, kWhich>(row, at); }
+  };
+
+  // Calls f(packed, at) for each vector of packed codes between dims `from` and `to`, whose numbers are at, at + 1 ...
+  template <typename Function>
+  TQ_INLINE void for_each_packed(int64_t from, int64_t to, Function f) const {
+    for_each_codes(from, to, [&](auto per_byte, auto which, int64_t first, int64_t at) TQ_LAMBDA_INLINE {
+      constexpr int kPerByte = decltype(per_byte)::value, kWhich = decltype(which)::value;
+      if constexpr (kHigh != 0 || kPerByte == 1) {
+        f(PackedCodes<kPerByte, kWhich, 1>{*this, first}, at);
+      } else if constexpr (kWhich == 0) {
+        f(PackedCodes<kPerByte, 0, kPerByte>{*this, first}, at);
+      }
+    });
+  }
+
+  // How many they are in `dims` dims, or up to one more.
+  static int64_t count_packed(int64_t dims) {
+    const int64_t numbers = (kHigh != 0 ? 1 : kPairs) * kCodes;
+    return (dims + numbers - 1) / numbers;
+  }
+
   template <typename Function>
   TQ_INLINE void for_each_part(int64_t from, int64_t to, Function f) const {
-    for_each_vector(from, to, [&](auto per_byte, auto which, int64_t first, int64_t at) TQ_LAMBDA_INLINE {
+    for_each_codes(from, to, [&](auto per_byte, auto which, int64_t first, int64_t at) TQ_LAMBDA_INLINE {
       constexpr int kPerByte = decltype(per_byte)::value, kWhich = decltype(which)::value;
       f(Part<kPerByte, kWhich, 0>{*this, first}, at);
       if constexpr (kPartVectors == 2) f(Part<kPerByte, kWhich, 1>{*this, first}, at + 2 * kWidth);
@@ -114,13 +148,13 @@ struct CodedRows {
   }
 
   // Dims in the rows' own order, zeros where it has more.
-  void order(const float* x, float* y) const {
-    for_each_code([&](int64_t i, int64_t dim) { y[i] = dim < head_dim ? x[dim] : 0.0f; });
+  void order(const float* x, float* y, const CodeOrder& order = kLevelOrder) const {
+    for_each_code(order, [&](int64_t i, int64_t dim) { y[i] = dim < head_dim ? x[dim] : 0.0f; });
   }
 
   // Adds numbers in the rows' own order to dims.
-  void add_natural(const float* y, float* x) const {
-    for_each_code([&](int64_t i, int64_t dim) {
+  void add_natural(const float* y, float* x, const CodeOrder& order = kLevelOrder) const {
+    for_each_code(order, [&](int64_t i, int64_t dim) {
       if (dim < head_dim) x[dim] += y[i];
     });
   }
@@ -128,7 +162,7 @@ struct CodedRows {
  private:
   // f(codes in a byte, which of them, first code, where their numbers go) for each vector of codes.
   template <typename Function>
-  TQ_INLINE static void for_each_vector(int64_t from, int64_t to, Function f) {
+  TQ_INLINE static void for_each_codes(int64_t from, int64_t to, Function f) {
     constexpr std::integral_constant<int, 0> zero;
     constexpr std::integral_constant<int, 1> one;
     constexpr std::integral_constant<int, 2> two;
@@ -143,9 +177,9 @@ struct CodedRows {
   }
 
   template <typename Function>
-  void for_each_code(Function f) const {
-    for_each_vector(0, head_dim, [&](auto per_byte, auto which, int64_t first, int64_t at) {
-      for (int64_t i = 0; i < kCodes; ++i) f(at + i, first + per_byte * kOrder.code[i] + which);
+  void for_each_code(const CodeOrder& order, Function f) const {
+    for_each_codes(0, head_dim, [&](auto per_byte, auto which, int64_t first, int64_t at) {
+      for (int64_t i = 0; i < kCodes; ++i) f(at + i, first + per_byte * order.code[i] + which);
     });
   }
 };

@@ -11,6 +11,14 @@ constexpr int kWidth = 8;
 constexpr int kWidth = 4;
 #endif
 
+// Whether four products of 8-bit integers are added to each lane in one instruction.
+#if defined(TQ_ISA_AVX512)
+#define TQ_HAS_DOT
+constexpr bool kHasDot = true;
+#else
+constexpr bool kHasDot = false;
+#endif
+
 typedef float FloatVec __attribute__((vector_size(kWidth * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
 
@@ -117,15 +125,8 @@ TQ_INLINE FloatVec square_root(FloatVec v) {
 #endif
 }
 
-// e^x for x <= 0; 0 below -87, where the result would leave float32's normal numbers. NaN stays NaN.
-TQ_INLINE FloatVec exp_negative(FloatVec x) {
-  const FloatVec clamped = max(broadcast(-87.0f), x);  // this order of arguments keeps a NaN
-  const FloatVec scaled = clamped * 1.44269504088896341f;
-  // Adding 1.5 * 2^23 rounds to the nearest integer.
-  const FloatVec shifted = scaled + 12582912.0f;
-  const FloatVec whole = shifted - 12582912.0f;
-  // The remainder times ln 2, in two parts so that it is exact to the last bit.
-  const FloatVec r = (clamped - whole * 0.693359375f) - whole * -2.12194440e-4f;
+// e^r for |r| <= ln 2 / 2.
+TQ_INLINE FloatVec exp_near_zero(FloatVec r) {
   FloatVec p = broadcast(1.0f / 5040);
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;
@@ -133,13 +134,32 @@ TQ_INLINE FloatVec exp_negative(FloatVec x) {
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+// e^x for x <= 0; 0 below -87, where the result would leave float32's normal numbers. NaN stays NaN.
+TQ_INLINE FloatVec exp_negative(FloatVec x) {
+#if defined(TQ_ISA_AVX512)
+  const __m512 given = (__m512)x;
+  const __m512 exponent = _mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT);
+  const FloatVec r = (x - (FloatVec)exponent * 0.693359375f) - (FloatVec)exponent * -2.12194440e-4f;
+  const __mmask16 is_kept = _mm512_cmp_ps_mask(given, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  return (FloatVec)_mm512_maskz_scalef_ps(is_kept, (__m512)exp_near_zero(r), exponent);
+#else
+  const FloatVec clamped = max(broadcast(-87.0f), x);  // this order of arguments keeps a NaN
+  const FloatVec scaled = clamped * 1.44269504088896341f;
+  // Adding 1.5 * 2^23 rounds to the nearest integer.
+  const FloatVec shifted = scaled + 12582912.0f;
+  const FloatVec whole = shifted - 12582912.0f;
+  // The remainder times ln 2, in two parts so that it is exact to the last bit.
+  const FloatVec r = (clamped - whole * 0.693359375f) - whole * -2.12194440e-4f;
   IntVec bits;
   __builtin_memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits + 127) << 23;  // the low bits of `shifted` hold the integer
   FloatVec power;
   __builtin_memcpy(&power, &bits, sizeof(power));
-  return x < -87.0f ? FloatVec{} : p * power;
+  return x < -87.0f ? FloatVec{} : exp_near_zero(r) * power;
+#endif
 }
 
 TQ_INLINE float sum_lanes(FloatVec v) {
