@@ -4,6 +4,8 @@
 
 #include <array>
 
+#include "../shaders/guess.h"
+
 namespace tqattn {
 namespace {
 
@@ -18,6 +20,27 @@ constexpr int64_t kHeadDims[] = {
     TQ_HEAD_DIMS(X)
 #undef X
 };
+
+// Whether every number between two thresholds is guessed to be at one of them.
+template <int kBits>
+constexpr bool guesses_are_near(const float* thresholds) {
+  const int last = (1 << kBits) - 2;
+  for (int t = 0; t <= last; ++t) {
+    const float wanted = static_cast<float>(t - last / 2);
+    for (int step = 0; step < 8; ++step) {
+      const float next = thresholds[t < last ? t + 1 : t];
+      const float off = tq_guess<kBits>(thresholds[t] + (next - thresholds[t]) * step / 8) - wanted;
+      if (off < -0.25f || off > (step == 0 ? 0.25f : 1.25f)) return false;
+    }
+  }
+  return true;
+}
+
+static_assert(guesses_are_near<2>(kThresholds2) && guesses_are_near<3>(kThresholds3));
+static_assert(guesses_are_near<4>(kThresholds4) && guesses_are_near<4>(kExactThresholds4));
+static_assert(guesses_are_near<5>(kThresholds5) && guesses_are_near<5>(kExactThresholds5));
+static_assert(guesses_are_near<6>(kThresholds6) && guesses_are_near<6>(kExactThresholds6));
+static_assert(guesses_are_near<8>(kThresholds8) && guesses_are_near<8>(kExactThresholds8));
 
 template <int kBits>
 const Codebook& make_codebook(const int16_t* integers, float scale, const float* thresholds) {

@@ -201,10 +201,15 @@ class Attention {
       read_row(rows, span.first + j * span.stride, head_dim_, ordered);
       std::memset(row, 0, head_dim_ * sizeof(float));
       rows.add_natural(ordered, row);
-      for (int64_t r = 0; r < task_.rows; ++r) {
-        const float weight = weights[r * kLogitRow + j];
-        for (int64_t i = from; weight != 0 && i < to; ++i) out(r)[i] += weight * row[i];
-      }
+      add_where_seen(row, from, to, weights + j);
+    }
+  }
+
+  // One value, for the queries that give it weight: kLogitRow apart.
+  void add_where_seen(const float* row, int64_t from, int64_t to, const float* weights) {
+    for (int64_t r = 0; r < task_.rows; ++r) {
+      const float weight = weights[r * kLogitRow];
+      for (int64_t i = from; weight != 0 && i < to; ++i) out(r)[i] += weight * row[i];
     }
   }
 
@@ -217,10 +222,7 @@ class Attention {
       read_row(HalfRows{head_dim_}, span.first + j * span.stride, head_dim_, row);
       for (int64_t i = 0; i < head_dim_; i += kWidth) spoilt += load(row + i) * 0.0f;
       if (sum_lanes(spoilt) == 0) continue;
-      for (int64_t r = 0; r < task_.rows; ++r) {
-        const float weight = weights[r * kLogitRow + j];
-        for (int64_t i = from; weight != 0 && i < to; ++i) out(r)[i] += weight * row[i];
-      }
+      add_where_seen(row, from, to, weights + j);
       std::memset(row, 0, head_dim_ * sizeof(float));
     }
     return {reinterpret_cast<const uint8_t*>(dense_), head_dim_ * 4};
@@ -273,8 +275,10 @@ class Attention {
     const Span span = values_.readable_rows(begin, count, copied_);
     with_coded_rows(task_.v, head_dim_, [&](const auto& rows) {
       if constexpr (std::decay_t<decltype(rows)>::kIsInteger) {
-        const bool is_added = add_integers(rows, span, count, from, to, task_, weights, integers_, coded_out_, padded_);
-        return is_added ? void() : add_one_by_one(rows, span, count, from, to, weights);
+        if (!add_integers(rows, span, count, from, to, task_, weights, integers_, coded_out_, padded_)) {
+          add_one_by_one(rows, span, count, from, to, weights);
+        }
+        return;
       }
       if (is_direct()) return add(rows, span, count, from, to, weights, coded_out_, padded_);
       const int64_t padded_to = to == head_dim_ ? padded_ : to;

@@ -204,6 +204,7 @@ struct CodeOrder {
 constexpr CodeOrder kLevelOrder([](int vector, int lane) {
   return 16 * (lane / 4) + 8 * (vector / 2) + 2 * (lane % 4) + vector % 2;
 });
+
 // As they come in a vector of bytes.
 constexpr CodeOrder kByteOrder([](int vector, int lane) { return vector * kWidth + lane; });
 

@@ -1,58 +1,7 @@
 // From numbers to codes.
 // Part of kernels_impl.h: compiled once for each instruction set.
 
-// Odd polynomials, fitted by least squares: at each threshold they are within 0.25 of its index, as counted from the
-// middle one. So the nearest integer names the only threshold that a number has still to be compared with.
-template <int kBits>
-constexpr float kGuess[4] = {};
-template <>
-constexpr float kGuess<2>[4] = {1.0186f};
-template <>
-constexpr float kGuess<3>[4] = {2.0138f, -0.097948f};
-template <>
-constexpr float kGuess<4>[4] = {3.8026f, -0.15659f};
-template <>
-constexpr float kGuess<5>[4] = {7.3434f, -0.26795f};
-template <>
-constexpr float kGuess<6>[4] = {14.811f, -0.71896f, 0.01919f};
-template <>
-constexpr float kGuess<8>[4] = {58.907f, -3.0608f, 0.11406f, -0.0018701f};
-
-template <int kBits, typename Vec>
-TQ_INLINE constexpr Vec guess(Vec x) {
-  constexpr const float* c = kGuess<kBits>;
-  const Vec square = x * x;
-  Vec p = c[0] + Vec{};
-  if constexpr (c[3] != 0) {
-    p = c[0] + square * (c[1] + square * (c[2] + square * c[3]));
-  } else if constexpr (c[2] != 0) {
-    p = c[0] + square * (c[1] + square * c[2]);
-  } else if constexpr (c[1] != 0) {
-    p = c[0] + square * c[1];
-  }
-  return x * p;
-}
-
-// Whether every number between two thresholds is guessed to be at one of them.
-template <int kBits>
-constexpr bool guesses_are_near(const float* thresholds) {
-  const int last = (1 << kBits) - 2;
-  for (int t = 0; t <= last; ++t) {
-    const float wanted = static_cast<float>(t - last / 2);
-    for (int step = 0; step < 8; ++step) {
-      const float next = thresholds[t < last ? t + 1 : t];
-      const float off = guess<kBits>(thresholds[t] + (next - thresholds[t]) * step / 8) - wanted;
-      if (off < -0.25f || off > (step == 0 ? 0.25f : 1.25f)) return false;
-    }
-  }
-  return true;
-}
-
-static_assert(guesses_are_near<2>(kThresholds2) && guesses_are_near<3>(kThresholds3));
-static_assert(guesses_are_near<4>(kThresholds4) && guesses_are_near<4>(kExactThresholds4));
-static_assert(guesses_are_near<5>(kThresholds5) && guesses_are_near<5>(kExactThresholds5));
-static_assert(guesses_are_near<6>(kThresholds6) && guesses_are_near<6>(kExactThresholds6));
-static_assert(guesses_are_near<8>(kThresholds8) && guesses_are_near<8>(kExactThresholds8));
+#include "../../shaders/guess.h"  // for vectors, by this instruction set
 
 // table[index % kEntries], where kEntries is a power of two, and at least a vector's width.
 template <int kEntries>
@@ -124,7 +73,7 @@ class Quantiser {
     const FloatVec high = broadcast(largest_);
     const FloatVec below = x < high ? x : high;
     // Adding 1.5 * 2^23 rounds to the nearest integer, and leaves it in the low bits.
-    const FloatVec shifted = guess<kBits>(below > -high ? below : -high) + (12582912.0f + (1 << (kBits - 1)) - 1);
+    const FloatVec shifted = tq_guess<kBits>(below > -high ? below : -high) + (12582912.0f + (1 << (kBits - 1)) - 1);
     const IntVec index = (IntVec)shifted;
     const FloatVec threshold = pick<kEntries>(thresholds_, index);
 #if defined(TQ_ISA_AVX512)

@@ -6,8 +6,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "../../shaders/guess.h"
-
 namespace tqattn::gpu {
 namespace {
 
@@ -21,27 +19,6 @@ constexpr int64_t kWordBytes = 4;          // codes are read in words
 constexpr int64_t kFewestPositions = 64;   // of a simdgroup: fewer cost more to merge than they save
 constexpr int64_t kMatrixPositions = 16;   // that a simdgroup of attend_matrix.metal takes at a time: a tile
 constexpr uintptr_t kMatrixBytes = 16;     // that it reads at a time
-
-// Whether every number between two thresholds is guessed to be at one of them.
-template <int bits>
-constexpr bool guesses_are_near(const float* thresholds) {
-  const int last = (1 << bits) - 2;
-  for (int t = 0; t <= last; ++t) {
-    const float wanted = static_cast<float>(t - last / 2);
-    for (int step = 0; step < 8; ++step) {
-      const float next = thresholds[t < last ? t + 1 : t];
-      const float off = tq_guess<bits>(thresholds[t] + (next - thresholds[t]) * step / 8) - wanted;
-      if (off < -0.25f || off > (step == 0 ? 0.25f : 1.25f)) return false;
-    }
-  }
-  return true;
-}
-
-static_assert(guesses_are_near<2>(kThresholds2) && guesses_are_near<3>(kThresholds3));
-static_assert(guesses_are_near<4>(kThresholds4) && guesses_are_near<4>(kExactThresholds4));
-static_assert(guesses_are_near<5>(kThresholds5) && guesses_are_near<5>(kExactThresholds5));
-static_assert(guesses_are_near<6>(kThresholds6) && guesses_are_near<6>(kExactThresholds6));
-static_assert(guesses_are_near<8>(kThresholds8) && guesses_are_near<8>(kExactThresholds8));
 
 using Macros = std::vector<std::pair<const char*, std::string>>;
 
