@@ -261,9 +261,16 @@ void add_woven(const LevelTable& table, const PackedTile& tile, int64_t count, c
 // What a task keeps for products in integers.
 struct IntegerProducts {
   QueryDigits queries[TQ_MAX_HEAD_DIM / TQ_NORM_GROUP][kMaxTaskRows];
-  WeightDigits weights[4];
+  WeightDigits weights[kMaxTaskRows];
   PackedTile tile;
 };
+
+// What lies behind a tile, spread over its parts, of which this one has the numbers from `at` on and takes `steps`.
+template <typename Rows>
+Prefetch prefetch_for_part(const Rows& rows, Span span, int64_t count, int64_t head_dim, int64_t at, int64_t steps) {
+  const int64_t bytes = count * span.stride / rows.count_packed(head_dim);
+  return {span.first + count * span.stride + at / rows.kNumbersOfPacked * bytes, bytes / steps};
+}
 
 // Calls f with std::integral_constant<int, digits>.
 template <typename Function>
@@ -289,10 +296,9 @@ void set_queries(const Rows& rows, const AttendTask& task, IntegerProducts& prod
 template <typename Rows>
 void score_integers(const Rows& rows, Span span, int64_t count, int64_t from, int64_t to, const AttendTask& task,
                     IntegerProducts& products, float* logits) {
-  // Half as many steps as positions, in each part of the dims.
-  Prefetch prefetch = {span.first + count * span.stride, 2 * span.stride / rows.count_packed(task.params->head_dim)};
-  prefetch.next += from / TQ_NORM_GROUP * (count / 2) * prefetch.step;
+  const int64_t steps = (count + 2 * kWidth - 1) / (2 * kWidth) * kWidth;
   rows.for_each_packed(from, to, [&](auto packed, int64_t at) {
+    const Prefetch prefetch = prefetch_for_part(rows, span, count, task.params->head_dim, at, steps);
     read_columns(packed, span, count, products.tile);
     with_digits(task.digits, [&](auto digits) {
       for_row_groups(task.rows, [&](int64_t r, auto group) {
@@ -317,18 +323,17 @@ bool add_integers(const Rows& rows, Span span, int64_t count, int64_t from, int6
     sum += largest[r] * 0.0f;
   }
   if (sum != 0.0f) return false;
-  Prefetch prefetch = {span.first + count * span.stride, span.stride / rows.count_packed(task.params->head_dim)};
-  prefetch.next += from / TQ_NORM_GROUP * count * prefetch.step;
+  for (int64_t r = 0; r < task.rows; ++r) {
+    products.weights[r].write(task.digits, weights + r * kLogitRow, padded, largest[r]);
+  }
   rows.for_each_packed(from, to, [&](auto packed, int64_t at) {
+    const int64_t steps = (count + 3) / 4 * (decltype(packed)::kShift == 0 ? 2 : 4);
+    const Prefetch prefetch = prefetch_for_part(rows, span, count, task.params->head_dim, at, steps);
     read_woven(packed, span, count, products.tile);
     with_digits(task.digits, [&](auto digits) {
-      for_row_groups(task.rows, [&](int64_t first, auto group) {
-        constexpr int kRows = decltype(group)::value, kDigits = decltype(digits)::value;
-        for (int r = 0; r < kRows; ++r) {
-          products.weights[r].write(kDigits, weights + (first + r) * kLogitRow, padded, largest[first + r]);
-        }
-        add_woven<kRows, kDigits, decltype(packed)::kShift>(rows.table, products.tile, count, products.weights,
-                                                            prefetch, out + first * out_stride + at, out_stride);
+      for_row_groups(task.rows, [&](int64_t r, auto group) {
+        add_woven<decltype(group)::value, decltype(digits)::value, decltype(packed)::kShift>(
+            rows.table, products.tile, count, products.weights + r, prefetch, out + r * out_stride + at, out_stride);
       });
     });
   });

@@ -132,11 +132,10 @@ struct CodedRows {
     });
   }
 
-  // How many they are in `dims` dims, or up to one more.
-  static int64_t count_packed(int64_t dims) {
-    const int64_t numbers = (kHigh != 0 ? 1 : kPairs) * kCodes;
-    return (dims + numbers - 1) / numbers;
-  }
+  static constexpr int64_t kNumbersOfPacked = (kHigh != 0 ? 1 : kPairs) * kCodes;  // at most
+
+  // How many vectors of packed codes `dims` dims are, or up to one more.
+  static int64_t count_packed(int64_t dims) { return (dims + kNumbersOfPacked - 1) / kNumbersOfPacked; }
 
   template <typename Function>
   TQ_INLINE void for_each_part(int64_t from, int64_t to, Function f) const {
