@@ -53,6 +53,7 @@ def attend_matrix(
     queries: int = 8,
     splits: int = 2,
     simdgroups: int = 2,
+    is_staged: bool = True,
     softcap: float = 0.0,
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -74,6 +75,7 @@ def attend_matrix(
         "TQ_QUERIES": queries,
         "TQ_OUTPUT": "float",
         "TQ_WHOLE": int(is_whole(cache)),
+        "TQ_STAGED": int(is_whole(cache) and is_staged),
     }
     library = Library(compile_shader(shader, macros, mode))
     rows = tokens * heads // config.num_kv_heads
@@ -103,7 +105,12 @@ def attend_matrix(
     finish = np.array((is_finished, sinks is not None, 1, 1), np.uint32).tobytes()
     buffers += [nothing, partials, params, nothing if sinks is None else sinks, out, lse, finish]
     entries = max(table_entries(storage) for storage in config.formats)
-    first = entries * 256 + queries * (head_dim // 2 + 17) * 4
+    tile = 0
+    for side, spread in zip(sides, (128, 32), strict=True):  # shaders/params.h has rows of so many bytes further apart
+        if side.norms is not None:
+            row = side.codes.shape[-1]
+            tile += 16 * (row + (0 if row % spread else 16) + 4)
+    first = entries * 256 + queries * (head_dim // 2 + 17) * 4 + (simdgroups * tile if macros["TQ_STAGED"] else 0)
     memory = max(first, (simdgroups + 1) * queries * (head_dim + 6) * 4)
     library.kernel("tq_attend_matrix").dispatch(
         buffers,
@@ -202,6 +209,12 @@ def test_stores(options: dict[str, Any]) -> None:
     for tokens, count in ((1, 1), (5, 3), (40, 1), (333, 6)):
         cache = filled("tq4", "tq3", 64, tokens, 2, **options)
         check(cache, queries_for(cache, 6, count), splits=3)
+
+
+@pytest.mark.parametrize(("k_format", "v_format"), [("tq4", "tq4"), ("tq8", "tq3"), ("f16", "tq6")])
+def test_without_memory_for_a_tile_ahead(k_format: str, v_format: str) -> None:
+    cache = filled(k_format, v_format)
+    check(cache, queries_for(cache), is_staged=False)
 
 
 def test_padding() -> None:
@@ -314,7 +327,9 @@ def test_with_checks(k_format: str, v_format: str, head_dim: int, queries: int, 
         check(cache, q, queries=queries, mode=mode, seed=seed, simdgroups=3)
 
 
-@pytest.mark.parametrize(("name", "index"), [(SHADER.name, 0), (SHADER.name, 1), (SHADER.name, 2), ("cluster.h", 0)])
+@pytest.mark.parametrize(
+    ("name", "index"), [*((SHADER.name, index) for index in range(4)), ("matrix.h", 0), ("cluster.h", 0)]
+)
 def test_a_missing_barrier_is_noticed(name: str, index: int, tmp_path: Path) -> None:
     shutil.copytree(source.SHADERS, tmp_path, dirs_exist_ok=True)
     (tmp_path / name).write_text(source.without_barrier((tmp_path / name).read_text(), index))
@@ -322,4 +337,4 @@ def test_a_missing_barrier_is_noticed(name: str, index: int, tmp_path: Path) -> 
     cache = filled("tq4", "tq4", 64, 400)
     with pytest.raises(KernelError, match=r"race|nobody has written"):
         attend_matrix(cache, queries_for(cache), mode="race", shader=shader, simdgroups=8, splits=1)
-    assert len(source.barriers(SHADER.read_text())) == 3
+    assert len(source.barriers(SHADER.read_text())) == 4

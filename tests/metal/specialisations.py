@@ -44,12 +44,11 @@ def specialisations(shader: str) -> list[Macros]:
     """The macros of each specialisation of a shader, by the name of its file; KeyError for an unknown one."""
     head_dims = [{"TQ_HEAD_DIM": d} for d in fmt.HEAD_DIMS]
     matrices = [m for m in _stores() if m["TQ_HEAD_DIM"] in MATRIX_HEAD_DIMS]
+    varied = {"TQ_INPUT": INPUTS[1:], "TQ_QUERIES": MATRIX_QUERIES, "TQ_OUTPUT": INPUTS}
+    for name, values in {**varied, "TQ_WHOLE": (1, 1, 0), "TQ_STAGED": (1, 0, 0)}.items():
+        matrices = _with(matrices, name, values)
     known = {
-        "attend_matrix.metal": _with(
-            _with(_with(_with(matrices, "TQ_INPUT", INPUTS[1:]), "TQ_QUERIES", MATRIX_QUERIES), "TQ_OUTPUT", INPUTS),
-            "TQ_WHOLE",
-            (1, 1, 0),
-        ),
+        "attend_matrix.metal": matrices,
         "attend.metal": _with(_with(_stores(), "TQ_INPUT", INPUTS), "TQ_QUERIES", QUERIES),
         "decode.metal": _stores(),
         "encode.metal": _with(_stores(), "TQ_INPUT", INPUTS),

@@ -9,8 +9,8 @@
 //
 // Where a cluster of threadgroups has all positions of its queries, it also does what reduce.metal does.
 //
-// Specialised as attend.metal, but TQ_QUERIES is 8 or 16; and by TQ_OUTPUT, and TQ_WHOLE: whether the store, and
-// blocks, if there are any, are cut into whole tiles.
+// Specialised as attend.metal, but TQ_QUERIES is 8 or 16; and by TQ_OUTPUT, TQ_WHOLE (whether the store, and blocks, if
+// there are any, are cut into whole tiles) and TQ_STAGED (whether these are asked for ahead: there is memory for it).
 #include <metal_stdlib>
 using namespace metal;
 
@@ -243,7 +243,7 @@ static inline void tq_left_of_values(thread const TqValuePiece<low, high> (&valu
 static inline void tq_add_mean_logits(thread const TqQueries& queries, device const half* mean, uint lane,
                                       thread float (&mean_logit)[TQ_HALVES][2]) {
   TqKeyPiece<16, 0> piece;
-  tq_read_piece(tq_bytes(mean), 0, 0, tq_share(lane), TQ_SHARES, piece);
+  tq_read_piece(tq_far(mean), 0, 0, tq_share(lane), TQ_SHARES, piece);
 #pragma unroll
   for (uint h = 0; h < TQ_HALVES; ++h) {
     float product[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -262,7 +262,7 @@ static inline void tq_add_mean_logits(thread const TqQueries& queries, device co
 static inline void tq_add_mean(device const half* mean, uint lane, thread float (&block_weight)[TQ_HALVES][2],
                                thread TqGathered& gathered) {
   TqValuePiece<16, 0> piece;
-  tq_read_piece(tq_bytes(mean), 0, 0, tq_column(lane), TQ_COLUMNS, piece);
+  tq_read_piece(tq_far(mean), 0, 0, tq_column(lane), TQ_COLUMNS, piece);
 #pragma unroll
   for (uint h = 0; h < TQ_HALVES; ++h) {
     float weight[2];
@@ -279,13 +279,12 @@ static inline void tq_add_mean(device const half* mean, uint lane, thread float 
   }
 }
 
-// Adds the positions from the tile that was read on, up to `end`.
+// Adds the positions from `tile` on, up to `end`.
 template <bool is_coded, uint k_bits, uint k_low, uint k_high, uint v_bits, uint v_low, uint v_high, bool is_whole>
 static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<k_bits, k_low, k_high, is_whole>& k,
                            thread const TqRows<v_bits, v_low, v_high, is_whole>& v, thread const TqMeans& means,
                            thread const TqPlace& place, threadgroup const uint* tables, constant TqAttendParams& params,
-                           uint lane, int end, int block_size,
-                           thread TqAhead<k_bits, k_low, k_high, v_bits, v_low, v_high>& now,
+                           uint lane, int end, int block_size, TqTile tile, thread TqStage& stage,
                            thread TqGathered& gathered) {
   const bool has_k_means = is_coded && TQ_K_MEANS;
   const bool has_v_means = is_coded && TQ_V_MEANS;
@@ -295,7 +294,7 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   const int open_end = min(queries.open_end, end);
   uint mean = means.first;
   int block_end = min(end, means.first_end);
-  while (now.tile.begin < end) {
+  while (tile.begin < end) {
     // A key's logit is that of its code and that of its block's mean.
     float mean_logit[TQ_HALVES][2], block_weight[TQ_HALVES][2];
 #pragma unroll
@@ -310,37 +309,42 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
     const uint next_mean = mean + 1 == means.ring ? 0 : mean + 1;
     if (has_k_means) tq_fetch_mean(means.k + next_mean * TQ_HEAD_DIM, lane);
     if (has_v_means) tq_fetch_mean(means.v + next_mean * TQ_HEAD_DIM, lane);
-    while (now.tile.begin < block_end) {
-      float products[TQ_HALVES][2][4];
-      const TqTile tile = now.tile;
-      if (k_bits == 16) tq_read_keys(k, tile, lane, now.keys);
-      tq_add_products<k_bits>(queries, now.keys, tables, lane, products);
-      // What comes next; at the end this tile again, which is near.
+    while (tile.begin < block_end) {
       const int next_end = tile.end == block_end ? min(end, block_end + block_size) : block_end;
-      TqTile next = tq_tile<is_whole>(tile.end, next_end, tile.row + uint(tile.end - tile.begin), k.ring);
-      const bool goes_on = next.begin < end;
-      TqTile ahead = next;
-      if (!goes_on) ahead = tile;
-      if (k_bits != 16) tq_read_keys(k, ahead, lane, now.keys);
+      const TqTile next = tq_tile<is_whole>(tile.end, next_end, tile.row + uint(tile.end - tile.begin), k.ring);
+      if (is_whole && TQ_STAGED) tq_wait_for_bytes();
+      float products[TQ_HALVES][2][4], k_norm[2], v_norm[2];
+      TqKeyPiece<k_low, k_high> keys[2];
+      TqValuePiece<v_low, v_high> values[4];
+      tq_read_keys(k, tile, stage, lane, keys);
+      tq_read_norms(k, tile, stage, TQ_STAGED_K_NORMS, lane, k_norm);
+      tq_read_norms(v, tile, stage, TQ_STAGED_V_NORMS, lane, v_norm);
+      if (TQ_IS_STAGED(v_bits, is_whole)) tq_read_values(v, tile, stage, lane, values);
+      if (is_whole && TQ_STAGED) {
+        simdgroup_barrier(mem_flags::mem_threadgroup);  // all lanes have read it
+        tq_ask_for_tile(k, v, end, lane, stage);
+      }
+      tq_add_products<k_bits>(queries, keys, tables, lane, products);
       const bool is_open =
           tile.begin + TQ_TILE == tile.end && tile.begin >= queries.open_begin && tile.begin + TQ_TILE <= open_end;
-      float v_norm[2];
 #pragma unroll
-      for (uint i = 0; i < 2; ++i) v_norm[i] = v_bits != 16 ? now.v_norms[i] * v_factor : 1.0f;
+      for (uint i = 0; i < 2; ++i) {
+        k_norm[i] *= k_factor;
+        v_norm[i] *= v_factor;
+      }
       float logits[TQ_HALVES][4];
 #pragma unroll
       for (uint h = 0; h < TQ_HALVES; ++h) {
 #pragma unroll
         for (uint i = 0; i < 4; ++i) {
           const float product = products[h][0][i] + products[h][1][i];
-          const float factor = k_bits != 16 ? now.k_norms[i / 2] * k_factor : 1.0f;
-          logits[h][i] = fma(product, factor * queries.factor[h][i % 2], mean_logit[h][i % 2]);
+          logits[h][i] = fma(product, k_norm[i / 2] * queries.factor[h][i % 2], mean_logit[h][i % 2]);
         }
       }
-      if (v_bits == 16) tq_read_values(v, tile, lane, now.values);
+      if (!TQ_IS_STAGED(v_bits, is_whole)) tq_read_values(v, tile, stage, lane, values);
       if (!is_open) {
         tq_hide<is_coded>(place, params, lane, tile.begin, min(tile.end, end), logits);
-        tq_leave_out<v_bits>(lane, logits, v_norm, now.values, gathered);
+        tq_leave_out<v_bits>(lane, logits, v_norm, values, gathered);
       }
 
       float v_size[2];
@@ -378,13 +382,10 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
         }
       }
 
-      // Once the norms of this tile are of no more use: registers that changed places would be waited for.
-      tq_read_norms(k, ahead, lane, now.k_norms);
-      tq_read_norms(v, ahead, lane, now.v_norms);
 #pragma unroll
       for (uint eight = 0; eight < TQ_STEPS / 4; ++eight) {
         uint left[4][4];
-        tq_left_of_values<v_bits>(now.values, eight, v_table, lane, left);
+        tq_left_of_values<v_bits>(values, eight, v_table, lane, left);
 #pragma unroll
         for (uint j = 0; j < 4; ++j) {
 #pragma unroll
@@ -393,8 +394,7 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
           }
         }
       }
-      if (v_bits != 16) tq_read_values(v, ahead, lane, now.values);
-      now.tile = next;
+      tile = next;
     }
 #pragma unroll
     for (uint h = 0; h < TQ_HALVES; ++h) {
@@ -409,9 +409,9 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
 
 // Threads as in attend.metal.
 //
-// memory: the tables of K's and V's levels and TQ_QUERIES rows of queries;
-// then, in the same place, for each simdgroup TQ_QUERIES rows of sums, and of each row the largest logit and the sum of
-// weights; then TQ_QUERIES rows of results.
+// memory: the tables of K's and V's levels, TQ_QUERIES rows of queries, and for each simdgroup a tile that is asked for
+// ahead; then, in the same place, for each simdgroup TQ_QUERIES rows of sums, and of each row the largest logit and the
+// sum of weights; then TQ_QUERIES rows of results.
 [[max_total_threads_per_threadgroup(TQ_THREADS)]] kernel void tq_attend_matrix(
     device const TQ_INPUT* q [[buffer(0)]], device const uchar* k_codes [[buffer(1)]],
     device const float* k_norms [[buffer(2)]], device const half* k_means [[buffer(3)]],
@@ -484,20 +484,24 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   means.ring = params.mean_ring;
   means.first = 0;
   means.first_end = TQ_NO_BLOCK;
-  TqAhead<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH, TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH> coded;
+  TqTile tile;
   if (coded_begin < coded_end) {
     uint slot = params.first_slot + uint(coded_begin - int(params.start));
     if (slot >= params.slots) slot %= params.slots;
     const uint before = TQ_WHOLE ? slot % TQ_TILE : 0;  // in the first tile
     means.first = slot / uint(block_size);
     means.first_end = coded_begin - int(slot - means.first * uint(block_size)) + block_size;
-    coded.tile =
-        tq_tile<TQ_WHOLE>(coded_begin - int(before), min(coded_end, means.first_end), slot - before, params.slots);
+    tile = tq_tile<TQ_WHOLE>(coded_begin - int(before), min(coded_end, means.first_end), slot - before, params.slots);
   }
   if (TQ_K_BITS != 16) tq_make_table<(TQ_K_BITS)>(lane, simdgroup, simdgroups, k_level, memory);
   if (TQ_V_BITS != 16 && TQ_V_BITS != TQ_K_BITS) {
     tq_make_table<(TQ_V_BITS)>(lane, simdgroup, simdgroups, v_level, memory + TQ_SIMD_LANES);
   }
+  threadgroup uint* query_rows =
+      memory + max(TQ_TABLE_ENTRIES(TQ_K_BITS), TQ_TABLE_ENTRIES(TQ_V_BITS)) * 2 * TQ_SIMD_LANES;
+  threadgroup float* query_units = reinterpret_cast<threadgroup float*>(query_rows + TQ_QUERIES * TQ_QUERY_STRIDE);
+  threadgroup uchar* stages = reinterpret_cast<threadgroup uchar*>(query_units + TQ_QUERIES);
+  TqStage stage = tq_stage(k_rows, v_rows, stages + simdgroup * TQ_STAGE_BYTES, lane);
   tq_wait_for_earlier_kernels();
 
   // Queries come first, because all of the threadgroup waits for them; then what comes before anything else.
@@ -509,27 +513,25 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   if (coded_begin < coded_end) {
     if (TQ_K_MEANS) tq_fetch_mean(means.k + means.first * TQ_HEAD_DIM, lane);
     if (TQ_V_MEANS) tq_fetch_mean(means.v + means.first * TQ_HEAD_DIM, lane);
-    if (TQ_K_BITS != 16) tq_read_keys(k_rows, coded.tile, lane, coded.keys);
-    if (TQ_V_BITS != 16) tq_read_values(v_rows, coded.tile, lane, coded.values);
-    tq_read_norms(k_rows, coded.tile, lane, coded.k_norms);
-    tq_read_norms(v_rows, coded.tile, lane, coded.v_norms);
+    if (!TQ_IS_STAGED(TQ_K_BITS, TQ_WHOLE)) tq_fetch_tile(k_rows, tile, lane);
+    if (!TQ_IS_STAGED(TQ_V_BITS, TQ_WHOLE)) tq_fetch_tile(v_rows, tile, lane);
+    stage.next = tile.begin;
+    stage.row = tile.row;
+    if (TQ_STAGED) tq_ask_for_tile(k_rows, v_rows, coded_end, lane, stage);
   }
 
   if (TQ_TAIL) {
     if (from < coded_begin) {
-      tq_fetch_rows(tq_bytes(k.tail), uint(from - first), lane);
-      tq_fetch_rows(tq_bytes(v.tail), uint(from - first), lane);
+      tq_fetch_rows<2 * TQ_HEAD_DIM>(tq_bytes(k.tail), uint(from - first) * (2 * TQ_HEAD_DIM), lane);
+      tq_fetch_rows<2 * TQ_HEAD_DIM>(tq_bytes(v.tail), uint(from - first) * (2 * TQ_HEAD_DIM), lane);
     }
     if (coded_end < to) {
       const uint row = params.sink_length + uint(coded_end) % params.tail_slots;
-      tq_fetch_rows(tq_bytes(k.tail), row, lane);
-      tq_fetch_rows(tq_bytes(v.tail), row, lane);
+      tq_fetch_rows<2 * TQ_HEAD_DIM>(tq_bytes(k.tail), row * (2 * TQ_HEAD_DIM), lane);
+      tq_fetch_rows<2 * TQ_HEAD_DIM>(tq_bytes(v.tail), row * (2 * TQ_HEAD_DIM), lane);
     }
   }
 
-  threadgroup uint* query_rows =
-      memory + max(TQ_TABLE_ENTRIES(TQ_K_BITS), TQ_TABLE_ENTRIES(TQ_V_BITS)) * 2 * TQ_SIMD_LANES;
-  threadgroup float* query_units = reinterpret_cast<threadgroup float*>(query_rows + TQ_QUERIES * TQ_QUERY_STRIDE);
   for (uint r = simdgroup * TQ_SIMD_ROWS; r < TQ_QUERIES; r += simdgroups * TQ_SIMD_ROWS) {
     TqRow numbers;
     tq_numbers_of_words(TQ_INPUT(), lane, words, numbers);
@@ -591,7 +593,8 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   }
 
   if (coded_begin < coded_end) {
-    tq_walk<true>(queries, k_rows, v_rows, means, place, memory, params, lane, coded_end, block_size, coded, gathered);
+    tq_walk<true>(queries, k_rows, v_rows, means, place, memory, params, lane, coded_end, block_size, tile, stage,
+                  gathered);
   }
   if (TQ_TAIL) {
 #pragma unroll 1
@@ -606,10 +609,8 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
       v_dense.rows = tq_bytes(v.tail + offset);
       k_dense.ring = v_dense.ring = ring;
       means.first_end = TQ_NO_BLOCK;
-      TqAhead<16, 16, 0, 16, 16, 0> dense;
-      dense.tile = tq_tile<false>(dense_begin, dense_end, row, ring);
-      tq_walk<false>(queries, k_dense, v_dense, means, place, memory, params, lane, dense_end, TQ_NO_BLOCK, dense,
-                     gathered);
+      tq_walk<false>(queries, k_dense, v_dense, means, place, memory, params, lane, dense_end, TQ_NO_BLOCK,
+                     tq_tile<false>(dense_begin, dense_end, row, ring), stage, gathered);
     }
   }
 

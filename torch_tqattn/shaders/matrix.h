@@ -89,28 +89,50 @@ static inline device const uchar* tq_bytes(device const T* numbers) {
   return reinterpret_cast<device const uchar*>(numbers);
 }
 
-template <uint bytes>
-static inline void tq_read(device const uchar* row, uint offset, thread uint* words) {
-  device const uchar* from = row + offset;
+// Where rows are read from: memory of the device, or of the threadgroup.
+struct TqFar {
+  device const uchar* bytes;
+  template <typename T>
+  T get(uint offset) const {
+    return *reinterpret_cast<device const T*>(bytes + offset);
+  }
+};
+struct TqNear {
+  threadgroup const uchar* bytes;
+  template <typename T>
+  T get(uint offset) const {
+    return *reinterpret_cast<threadgroup const T*>(bytes + offset);
+  }
+};
+
+template <typename T>
+static inline TqFar tq_far(device const T* numbers) {
+  TqFar rows;
+  rows.bytes = tq_bytes(numbers);
+  return rows;
+}
+
+template <uint bytes, typename Bytes>
+static inline void tq_read(thread const Bytes& row, uint offset, thread uint* words) {
   if (bytes >= 16) {
 #pragma unroll
     for (uint i = 0; i < bytes / 16; ++i) {
-      const uint4 four = reinterpret_cast<device const uint4*>(from)[i];
+      const uint4 four = row.template get<uint4>(offset + 16 * i);
       words[4 * i] = four.x;
       words[4 * i + 1] = four.y;
       words[4 * i + 2] = four.z;
       words[4 * i + 3] = four.w;
     }
   } else if (bytes == 8) {
-    const uint2 two = *reinterpret_cast<device const uint2*>(from);
+    const uint2 two = row.template get<uint2>(offset);
     words[0] = two.x;
     words[1] = two.y;
   } else if (bytes == 4) {
-    words[0] = *reinterpret_cast<device const uint*>(from);
+    words[0] = row.template get<uint>(offset);
   } else if (bytes == 2) {
-    words[0] = *reinterpret_cast<device const ushort*>(from);
+    words[0] = row.template get<ushort>(offset);
   } else {
-    words[0] = *from;
+    words[0] = row.template get<uchar>(offset);
   }
 }
 
@@ -126,18 +148,72 @@ static inline void tq_fetch_mean(device const half* mean, uint lane) {
   if (lane < TQ_HEAD_DIM / 16) tq_fetch(tq_bytes(mean + 16 * lane));
 }
 
-// Has a tile of dense rows from row `row` on fetched.
-static inline void tq_fetch_rows(device const uchar* rows, uint row, uint lane) {
+// Has a tile of rows from byte `at` on fetched.
+template <uint row_bytes>
+static inline void tq_fetch_rows(device const uchar* rows, uint at, uint lane) {
 #pragma unroll
-  for (uint i = 0; i < TQ_HEAD_DIM / 32; ++i)
-    tq_fetch(rows + row * (TQ_HEAD_DIM * 2) + (i * TQ_SIMD_LANES + lane) * 32);
+  for (uint byte = 0; byte < 16 * row_bytes; byte += 32 * TQ_SIMD_LANES) {
+    if (16 * row_bytes >= byte + 32 * TQ_SIMD_LANES || byte + 32 * lane < 16 * row_bytes) {
+      tq_fetch(rows + at + byte + 32 * lane);
+    }
+  }
+}
+
+// Has the compiler keep what is found here in registers, where it would find it again at every use.
+static inline void tq_keep(thread uint& number) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(number));
+#endif
+}
+static inline void tq_keep(thread device const uchar*& pointer) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+l"(pointer));
+#endif
+}
+
+// Memory of the threadgroup is filled while a simdgroup does something else, where a GPU can do that: lanes ask for
+// bytes, 16 at a time, and all wait together until all that they have asked for are there.
+static inline void tq_ask_for_bytes(device const uchar* from, threadgroup uchar* to) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint(__cvta_generic_to_shared(to))), "l"(from)
+               : "memory");
+#else
+  *reinterpret_cast<threadgroup uint4*>(to) = *reinterpret_cast<device const uint4*>(from);
+#endif
+}
+
+// Where byte `at` of a tile's rows goes if they are `stride` bytes apart there.
+template <uint bytes, uint stride>
+static inline uint tq_staged_byte(uint at) {
+  return at / bytes * stride + at % bytes;
+}
+
+// Rows of a tile, each lane 16 bytes of each 512. from, to: where this lane's first ones are and go.
+template <uint bytes, uint stride>
+static inline void tq_ask_for_rows(device const uchar* from, threadgroup uchar* to, uint lane) {
+  const uint at_once = 16 * TQ_SIMD_LANES;
+#pragma unroll
+  for (uint at = 0; at < 16 * bytes; at += at_once) {
+    uint further = tq_staged_byte<bytes, stride>(at);  // the same for all lanes, if rows end where lanes begin again
+    if (at_once % bytes != 0) {
+      further = tq_staged_byte<bytes, stride>(at + 16 * lane) - tq_staged_byte<bytes, stride>(16 * lane);
+    }
+    if (at + at_once <= 16 * bytes || at + 16 * lane < 16 * bytes) tq_ask_for_bytes(from + at, to + further);
+  }
+}
+
+static inline void tq_wait_for_bytes() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+  simdgroup_barrier(mem_flags::mem_threadgroup);
 }
 
 // This lane's part of a row of numbers of 16 bits, which begins at a multiple of 16 bytes.
 template <typename T>
 static inline void tq_load_words(device const T* row, uint lane, thread uint (&words)[TQ_LANE_DIMS / 2]) {
   if (!tq_is_used(lane)) return;
-  tq_read<2 * TQ_LANE_DIMS>(tq_bytes(row + tq_place(lane) * TQ_LANE_DIMS), 0, words);
+  tq_read<2 * TQ_LANE_DIMS>(tq_far(row + tq_place(lane) * TQ_LANE_DIMS), 0, words);
 }
 
 static inline float tq_number_of(half, uint pair, uint which) { return tq_unpack(pair, which); }
@@ -153,17 +229,19 @@ static inline void tq_numbers_of_words(T type, uint lane, thread const uint (&wo
 }
 
 // Of the row at byte `at + offset` of `rows`. The offset should be a constant: then it takes no instruction.
-template <uint low, uint high, uint chunk, uint chunks>
-static inline void tq_read_piece(device const uchar* rows, uint at, uint offset, uint place, uint places,
+template <uint low, uint high, uint chunk, uint chunks, typename Bytes>
+static inline void tq_read_piece(thread const Bytes& rows, uint at, uint offset, uint place, uint places,
                                  thread TqPiece<low, high, chunk, chunks>& piece) {
+  Bytes low_plane = rows, high_plane = rows;
+  low_plane.bytes += at + place * (chunk * low / 8);
+  high_plane.bytes += at + place * (chunk * high / 8);
   const uint high_offset = offset + TQ_HEAD_DIM * low / 8;
 #pragma unroll
   for (uint n = 0; n < chunks; ++n) {
-    tq_read<chunk * low / 8>(rows + (at + place * (chunk * low / 8)), offset + n * places * (chunk * low / 8),
+    tq_read<chunk * low / 8>(low_plane, offset + n * places * (chunk * low / 8),
                              piece.low_words + n * TQ_WORDS(low, chunk, 1));
     if (high != 0) {
-      tq_read<(high != 0 ? chunk * high / 8 : 1)>(rows + (at + place * (chunk * high / 8)),
-                                                  high_offset + n * places * (chunk * high / 8),
+      tq_read<(high != 0 ? chunk * high / 8 : 1)>(high_plane, high_offset + n * places * (chunk * high / 8),
                                                   piece.high_words + n * TQ_WORDS(high, chunk, 1));
     }
   }

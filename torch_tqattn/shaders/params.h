@@ -53,6 +53,11 @@ struct TqAttendParams {
 // Entries of attend_matrix.metal's tables of the levels of codes of so many bits. An entry takes 256 bytes, of K and V.
 #define TQ_TABLE_ENTRIES(bits) ((bits) == 16 ? 0u : (bits) <= 4 ? 256u : 1u << (bits) % 16)
 
+// Bytes from one row of K's, and of V's, to the next where attend_matrix.metal has a tile of them in threadgroup
+// memory: lanes read from different banks.
+#define TQ_STAGED_K_ROW(bytes) ((bytes) + ((bytes) % 128 == 0 ? 16u : 0u))
+#define TQ_STAGED_V_ROW(bytes) ((bytes) + ((bytes) % 32 == 0 ? 16u : 0u))
+
 // How attention ends: in reduce.metal, or in attend_matrix.metal where its threadgroups are one cluster.
 struct TqFinishParams {
   uint32_t is_finished;  // 1: attend_matrix.metal leaves results, not parts

@@ -50,16 +50,6 @@ static inline TqTile tq_tile(int begin, int end, uint row, uint ring) {
   return tile;
 }
 
-template <uint bits, uint low, uint high, bool is_whole>
-static inline TqRows<bits, low, high, is_whole> tq_rows(device const uchar* rows, device const float* norms,
-                                                        uint ring) {
-  TqRows<bits, low, high, is_whole> side;
-  side.rows = rows;
-  side.norms = norms;
-  side.ring = ring;
-  return side;
-}
-
 // The row of the tile's i-th position. Codes that follow the tile do no harm, and are there up to the ring's end;
 // numbers that follow it might be none.
 template <uint bits, uint low, uint high, bool is_whole>
@@ -69,20 +59,96 @@ static inline uint tq_last_row(thread const TqRows<bits, low, high, is_whole>& s
   return min(side.ring - tile.row, uint(TQ_TILE)) - 1;
 }
 
+// Whether a side's codes and norms are asked for a tile ahead, into threadgroup memory.
+#define TQ_IS_STAGED(bits, is_whole) ((bits) != 16 && (is_whole) && TQ_STAGED)
+
+// There each simdgroup has room for a tile: for K's codes, V's, K's norms and V's.
+#define TQ_STAGED_V (TQ_K_BITS == 16 ? 0 : TQ_TILE * TQ_STAGED_K_ROW(TQ_ROW_BYTES(TQ_K_LOW, TQ_K_HIGH)))
+#define TQ_STAGED_K_NORMS \
+  (TQ_STAGED_V + (TQ_V_BITS == 16 ? 0 : TQ_TILE * TQ_STAGED_V_ROW(TQ_ROW_BYTES(TQ_V_LOW, TQ_V_HIGH))))
+#define TQ_STAGED_V_NORMS (TQ_STAGED_K_NORMS + (TQ_K_BITS == 16 ? 0 : TQ_TILE * 4))
+#define TQ_STAGE_BYTES (TQ_STAGED_V_NORMS + (TQ_V_BITS == 16 ? 0 : TQ_TILE * 4))
+
+struct TqStage {
+  threadgroup uchar* memory;
+  int next;  // the position, and the row, of the tile that is asked for next
+  uint row;
+  // What this lane asks for: of K's codes, of V's, and of the norms of one. Where it is for row 0, and where it goes.
+  device const uchar* k;
+  device const uchar* v;
+  device const uchar* norms;
+  uint k_to;
+  uint v_to;
+  uint norms_to;
+};
+
+template <uint k_bits, uint k_low, uint k_high, uint v_bits, uint v_low, uint v_high, bool is_whole>
+static inline TqStage tq_stage(thread const TqRows<k_bits, k_low, k_high, is_whole>& k,
+                               thread const TqRows<v_bits, v_low, v_high, is_whole>& v, threadgroup uchar* memory,
+                               uint lane) {
+  const uint k_bytes = TQ_ROW_BYTES(k_low, k_high), v_bytes = TQ_ROW_BYTES(v_low, v_high);
+  TqStage stage;
+  stage.memory = memory;
+  stage.next = 0;
+  stage.row = 0;
+  stage.k = k.rows + 16 * lane;
+  stage.v = v.rows + 16 * lane;
+  stage.norms = tq_bytes(k_bits != 16 && lane < 4 ? k.norms : v.norms) + lane % 4 * 16;
+  stage.k_to = tq_staged_byte<k_bytes, TQ_STAGED_K_ROW(k_bytes)>(16 * lane);
+  stage.v_to = TQ_STAGED_V + tq_staged_byte<v_bytes, TQ_STAGED_V_ROW(v_bytes)>(16 * lane);
+  stage.norms_to = TQ_STAGED_K_NORMS + 16 * lane;
+  tq_keep(stage.k);
+  tq_keep(stage.v);
+  tq_keep(stage.norms);
+  tq_keep(stage.k_to);
+  tq_keep(stage.v_to);
+  return stage;
+}
+
+// Asks for the next tile, if there is one before `end`.
+template <uint k_bits, uint k_low, uint k_high, uint v_bits, uint v_low, uint v_high, bool is_whole>
+static inline void tq_ask_for_tile(thread const TqRows<k_bits, k_low, k_high, is_whole>& k,
+                                   thread const TqRows<v_bits, v_low, v_high, is_whole>& v, int end, uint lane,
+                                   thread TqStage& stage) {
+  const uint k_bytes = TQ_ROW_BYTES(k_low, k_high), v_bytes = TQ_ROW_BYTES(v_low, v_high);
+  if (stage.next < end) {
+    if (k_bits != 16) {
+      tq_ask_for_rows<k_bytes, TQ_STAGED_K_ROW(k_bytes)>(stage.k + stage.row * k_bytes, stage.memory + stage.k_to,
+                                                         lane);
+    }
+    if (v_bits != 16) {
+      tq_ask_for_rows<v_bytes, TQ_STAGED_V_ROW(v_bytes)>(stage.v + stage.row * v_bytes, stage.memory + stage.v_to,
+                                                         lane);
+    }
+    if (stage.norms_to < TQ_STAGE_BYTES) {
+      tq_ask_for_bytes(stage.norms + stage.row * 4, stage.memory + stage.norms_to);
+    }
+  }
+  stage.next += TQ_TILE;
+  stage.row += TQ_TILE;
+  if (stage.row == k.ring) stage.row = 0;
+}
+
+static inline TqNear tq_staged(thread const TqStage& stage, uint at) {
+  TqNear staged;
+  staged.bytes = stage.memory + at;
+  return staged;
+}
+
 // Of keys a lane has rows tq_column(lane) and 8 further.
 template <uint bits, uint low, uint high, bool is_whole>
 static inline void tq_read_keys(thread const TqRows<bits, low, high, is_whole>& side, thread const TqTile& tile,
-                                uint lane, thread TqKeyPiece<low, high> (&keys)[2]) {
-  const uint last = tq_last_row(side, tile), bytes = TQ_SLOT_BYTES(bits, low, high);
-  if (last == TQ_TILE - 1) {
-    const uint row = (tile.row + tq_column(lane)) * bytes;
-    tq_read_piece(side.rows, row, 0, tq_share(lane), TQ_SHARES, keys[0]);
-    tq_read_piece(side.rows, row, 8 * bytes, tq_share(lane), TQ_SHARES, keys[1]);
-  } else {
+                                thread const TqStage& stage, uint lane, thread TqKeyPiece<low, high> (&keys)[2]) {
+  const uint bytes = TQ_SLOT_BYTES(bits, low, high), stride = TQ_STAGED_K_ROW(bytes), last = tq_last_row(side, tile);
 #pragma unroll
-    for (uint i = 0; i < 2; ++i) {
-      const uint row = (tile.row + min(tq_column(lane) + 8 * i, last)) * bytes;
-      tq_read_piece(side.rows, row, 0, tq_share(lane), TQ_SHARES, keys[i]);
+  for (uint i = 0; i < 2; ++i) {
+    const uint place = tq_share(lane), row = tq_column(lane), further = 8 * i;
+    if (TQ_IS_STAGED(bits, is_whole)) {
+      tq_read_piece(tq_staged(stage, 0), row * stride, further * stride, place, TQ_SHARES, keys[i]);
+    } else if (last == TQ_TILE - 1) {
+      tq_read_piece(tq_far(side.rows), (tile.row + row) * bytes, further * bytes, place, TQ_SHARES, keys[i]);
+    } else {
+      tq_read_piece(tq_far(side.rows), (tile.row + min(row + further, last)) * bytes, 0, place, TQ_SHARES, keys[i]);
     }
   }
 }
@@ -90,19 +156,17 @@ static inline void tq_read_keys(thread const TqRows<bits, low, high, is_whole>& 
 // Of values a lane has rows 2 s and 2 s + 1, with s = tq_share(lane), and those 8 further.
 template <uint bits, uint low, uint high, bool is_whole>
 static inline void tq_read_values(thread const TqRows<bits, low, high, is_whole>& side, thread const TqTile& tile,
-                                  uint lane, thread TqValuePiece<low, high> (&values)[4]) {
-  const uint last = tq_last_row(side, tile), bytes = TQ_SLOT_BYTES(bits, low, high), first = 2 * tq_share(lane);
-  if (last == TQ_TILE - 1) {
-    const uint row = (tile.row + first) * bytes;
+                                  thread const TqStage& stage, uint lane, thread TqValuePiece<low, high> (&values)[4]) {
+  const uint bytes = TQ_SLOT_BYTES(bits, low, high), stride = TQ_STAGED_V_ROW(bytes), last = tq_last_row(side, tile);
 #pragma unroll
-    for (uint i = 0; i < 4; ++i) {
-      tq_read_piece(side.rows, row, (i / 2 * 8 + i % 2) * bytes, tq_column(lane), TQ_COLUMNS, values[i]);
-    }
-  } else {
-#pragma unroll
-    for (uint i = 0; i < 4; ++i) {
-      const uint row = (tile.row + min(first + i / 2 * 8 + i % 2, last)) * bytes;
-      tq_read_piece(side.rows, row, 0, tq_column(lane), TQ_COLUMNS, values[i]);
+  for (uint i = 0; i < 4; ++i) {
+    const uint place = tq_column(lane), row = 2 * tq_share(lane), further = i / 2 * 8 + i % 2;
+    if (TQ_IS_STAGED(bits, is_whole)) {
+      tq_read_piece(tq_staged(stage, TQ_STAGED_V), row * stride, further * stride, place, TQ_COLUMNS, values[i]);
+    } else if (last == TQ_TILE - 1) {
+      tq_read_piece(tq_far(side.rows), (tile.row + row) * bytes, further * bytes, place, TQ_COLUMNS, values[i]);
+    } else {
+      tq_read_piece(tq_far(side.rows), (tile.row + min(row + further, last)) * bytes, 0, place, TQ_COLUMNS, values[i]);
     }
   }
 }
@@ -134,29 +198,28 @@ static inline uint tq_spoilt_values(uint lane, thread TqValuePiece<low, high> (&
   return spoilt;
 }
 
-// Of positions tq_column(lane) and 8 further.
+// Of positions tq_column(lane) and 8 further. staged_at: where in a stage they are.
 template <uint bits, uint low, uint high, bool is_whole>
 static inline void tq_read_norms(thread const TqRows<bits, low, high, is_whole>& side, thread const TqTile& tile,
-                                 uint lane, thread float (&norms)[2]) {
-  if (bits == 16) return;  // they have none
+                                 thread const TqStage& stage, uint staged_at, uint lane, thread float (&norms)[2]) {
   const uint last = tq_last_row(side, tile);
-  if (last == TQ_TILE - 1) {
-    const uint row = tile.row + tq_column(lane);
-    norms[0] = side.norms[row];
-    norms[1] = (side.norms + 8)[row];
-  } else {
-    norms[0] = side.norms[tile.row + min(tq_column(lane), last)];
-    norms[1] = side.norms[tile.row + min(tq_column(lane) + 8, last)];
+#pragma unroll
+  for (uint i = 0; i < 2; ++i) {
+    const uint row = tq_column(lane) + 8 * i;
+    if (bits == 16) {
+      norms[i] = 1.0f;  // they have none
+    } else if (TQ_IS_STAGED(bits, is_whole)) {
+      norms[i] = tq_staged(stage, staged_at).get<float>(row * 4);
+    } else {
+      norms[i] = side.norms[tile.row + min(row, last)];
+    }
   }
 }
 
-// A tile that has been read. Codes are read one tile ahead; dense rows would take
-// too many registers for that.
-template <uint k_bits, uint k_low, uint k_high, uint v_bits, uint v_low, uint v_high>
-struct TqAhead {
-  TqTile tile;
-  TqKeyPiece<k_low, k_high> keys[2];
-  TqValuePiece<v_low, v_high> values[4];
-  float k_norms[2];
-  float v_norms[2];
-};
+// Has a tile's rows and norms fetched.
+template <uint bits, uint low, uint high, bool is_whole>
+static inline void tq_fetch_tile(thread const TqRows<bits, low, high, is_whole>& side, thread const TqTile& tile,
+                                 uint lane) {
+  tq_fetch_rows<TQ_SLOT_BYTES(bits, low, high)>(side.rows, tile.row * TQ_SLOT_BYTES(bits, low, high), lane);
+  if (bits != 16 && lane < 2) tq_fetch(tq_bytes(side.norms + tile.row + 8 * lane));
+}

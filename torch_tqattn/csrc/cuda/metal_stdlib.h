@@ -84,6 +84,7 @@ inline float tanh(float x) { return tanhf(x); }
 enum class mem_flags { mem_threadgroup };
 
 inline void threadgroup_barrier(mem_flags) { __syncthreads(); }
+inline void simdgroup_barrier(mem_flags) { __syncwarp(); }
 
 // All lanes of a warp call these together.
 template <class T>

@@ -18,7 +18,8 @@ constexpr uint32_t kMatrixSimdgroups = 8;  // of a threadgroup of attend_matrix.
 constexpr int64_t kWordBytes = 4;          // codes are read in words
 constexpr int64_t kFewestPositions = 64;   // of a simdgroup: fewer cost more to merge than they save
 constexpr int64_t kMatrixPositions = 16;   // that a simdgroup of attend_matrix.metal takes at a time: a tile
-constexpr uintptr_t kMatrixBytes = 16;     // that it reads at a time
+constexpr uint32_t kMatrixSpare = 1024;  // bytes of threadgroup memory that a processor has and no threadgroup can get
+constexpr uintptr_t kMatrixBytes = 16;   // that it reads at a time
 
 using Macros = std::vector<std::pair<const char*, std::string>>;
 
@@ -94,22 +95,33 @@ struct Variant {
   uint32_t simdgroups;       // of a threadgroup, if there are positions enough for them
   int64_t fewest_positions;  // of a simdgroup
   uint32_t threadgroups;     // how many keep the device busy
-  uint32_t (*floats)(const AttendCall& call, uint32_t queries, uint32_t simdgroups);  // of threadgroup memory
-  bool finishes;  // whether it leaves results, not parts, where there is but one part
+  uint32_t (*floats)(const AttendCall& call, const Variant& variant, uint32_t simdgroups);  // of threadgroup memory
+  bool finishes;           // whether it leaves results, not parts, where there is but one part
+  bool is_staged = false;  // whether a simdgroup has threadgroup memory for a tile that it asks for ahead
 };
 
-uint32_t attend_floats(const AttendCall& call, uint32_t queries, uint32_t simdgroups) {
-  return std::max(simdgroups / 2, 1u) * queries * static_cast<uint32_t>(call.q.size(3) + 2);
+uint32_t attend_floats(const AttendCall& call, const Variant& variant, uint32_t simdgroups) {
+  return std::max(simdgroups / 2, 1u) * variant.queries * static_cast<uint32_t>(call.q.size(3) + 2);
 }
 
 uint32_t table_entries(const Side& side) {
   return side.codebook != nullptr ? TQ_TABLE_ENTRIES(side.codebook->bits) : 0;
 }
 
-uint32_t attend_matrix_floats(const AttendCall& call, uint32_t queries, uint32_t simdgroups) {
+// Of a tile's codes and norms, as attend_matrix.metal has them.
+uint32_t tile_bytes(const AttendCall& call) {
+  uint32_t bytes = 0;
+  if (call.k.codebook != nullptr) bytes += TQ_STAGED_K_ROW(static_cast<uint32_t>(call.k.codes.size(3))) + 4;
+  if (call.v.codebook != nullptr) bytes += TQ_STAGED_V_ROW(static_cast<uint32_t>(call.v.codes.size(3))) + 4;
+  return kMatrixPositions * bytes;
+}
+
+uint32_t attend_matrix_floats(const AttendCall& call, const Variant& variant, uint32_t simdgroups) {
   const uint32_t head_dim = static_cast<uint32_t>(call.q.size(3));
   const uint32_t entries = std::max(table_entries(call.k), table_entries(call.v));
-  return std::max(entries * 2 * kSimdLanes + queries * (head_dim + 16), (simdgroups + 1) * queries * (head_dim + 6));
+  const uint32_t tiles = variant.is_staged ? simdgroups * tile_bytes(call) / sizeof(float) : 0;
+  return std::max(entries * 2 * kSimdLanes + variant.queries * (head_dim / 2 + 17) + tiles,
+                  (simdgroups + 1) * variant.queries * (head_dim + 6));
 }
 
 // Whether the store, and blocks, if there are any, are cut into whole tiles. A tile of dense values may not be whole:
@@ -130,7 +142,9 @@ bool is_aligned(const OptionalTensor& x) {
   return !x.has_value() || reinterpret_cast<uintptr_t>(x->data_ptr()) % kMatrixBytes == 0;
 }
 
-bool is_aligned(const Side& side) { return is_aligned(side.codes) && is_aligned(side.means) && is_aligned(side.tail); }
+bool is_aligned(const Side& side) {
+  return is_aligned(side.codes) && is_aligned(side.norms) && is_aligned(side.means) && is_aligned(side.tail);
+}
 
 Variant choose_variant(const AttendCall& call, const Tensor& q, int64_t group_rows, const Device& device) {
   const int64_t head_dim = call.q.size(3);
@@ -139,11 +153,12 @@ Variant choose_variant(const AttendCall& call, const Tensor& q, int64_t group_ro
   if (is_half && head_dim % 64 == 0 && head_dim <= 256 && has_rows && is_aligned(q)) {
     const uint32_t queries = group_rows > 8 && head_dim <= 128 ? 16 : 8;
     const uint32_t simdgroups = TQ_MATRIX_THREADS(head_dim, queries) / kSimdLanes;
-    const Variant variant{"attend_matrix",          "tq_attend_matrix",   queries, simdgroups, kMatrixPositions,
-                          device.matrix_processors, attend_matrix_floats, true};
-    const uint32_t bytes = padded_bytes(variant.floats(call, variant.queries, simdgroups));
-    const bool is_able = device.matrix_processors > 0 && bytes <= device.matrix_bytes;
-    if (is_able && call.simdgroups <= simdgroups) return variant;
+    Variant variant{"attend_matrix",          "tq_attend_matrix",   queries, simdgroups, kMatrixPositions,
+                    device.matrix_processors, attend_matrix_floats, true};
+    const auto fits = [&] { return padded_bytes(variant.floats(call, variant, simdgroups)) <= device.matrix_bytes; };
+    variant.is_staged = is_whole(call);
+    if (!fits()) variant.is_staged = false;
+    if (device.matrix_processors > 0 && fits() && call.simdgroups <= simdgroups) return variant;
   }
   const uint32_t rows = power_of_two_from(to_count(group_rows, "query rows"));
   return {
@@ -319,6 +334,7 @@ std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
   arguments.push_back(Argument::value(params));
   if (variant.finishes) {
     macros.emplace_back("TQ_WHOLE", is_whole(call) ? "1" : "0");
+    macros.emplace_back("TQ_STAGED", variant.is_staged ? "1" : "0");
     macros.emplace_back("TQ_OUTPUT", shader_type(call.out.scalar_type()));
     arguments.push_back(optional(sinks));
     arguments.emplace_back(call.out);
@@ -331,11 +347,18 @@ std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
   reduce.num_heads = params.num_heads;
   reduce.num_kv_heads = params.num_kv_heads;
   reduce.q_len = params.q_len;
+  uint32_t bytes = padded_bytes(variant.floats(call, variant, simdgroups));
+  // If there is a processor for each threadgroup, no two should share one, as those do that find an earlier kernel's
+  // still running: each asks for more than half of the memory.
+  const bool has_room = tasks * params.splits <= variant.threadgroups &&
+                        (!is_cluster || params.splits == 1 ||
+                         fits_in_clusters(tasks, params.splits, variant.simdgroups, variant, device));
+  if (variant.finishes && has_room) bytes = std::max(bytes, device.matrix_bytes / 2 / 16 * 16 + kMatrixSpare);
   std::vector<Launch> launches{{{variant.shader, variant.kernel, std::move(macros)},
                                 std::move(arguments),
                                 {params.splits, to_count(params.num_kv_heads * tiles, "threadgroups"), params.batch},
                                 simdgroups,
-                                {padded_bytes(variant.floats(call, variant.queries, simdgroups))},
+                                {bytes},
                                 is_cluster ? params.splits : 1}};
   if (finish.is_finished == 0) {
     launches.push_back(reduce_launch(partials, sinks, call.out, call.lse, reduce, finish, head_dim));
