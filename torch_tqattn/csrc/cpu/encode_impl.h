@@ -11,21 +11,21 @@ bool rotate_rows(const In* in, int64_t stride, int64_t rows, Out* out) {
   // cache's sets that they would push each other out of it.
   constexpr int64_t kAhead = 16, kIntoSecondCache = 2;
   const float factor = 1.0f / std::sqrt(static_cast<float>(kHeadDim));
-  alignas(64) float row[kHeadDim];
-  FloatVec squares = {};
+  constexpr int kSums = 4;  // that need not wait for each other
+  FloatVec squares[kSums] = {};
   for (int64_t r = 0; r < rows; ++r, in += stride, out += kHeadDim) {
-    if (r + kAhead < rows) {
-      const char* next = reinterpret_cast<const char*>(in + kAhead * stride);
-      for (size_t i = 0; i < kHeadDim * sizeof(In); i += 64) __builtin_prefetch(next + i, 0, kIntoSecondCache);
-    }
+    const char* next = reinterpret_cast<const char*>(in + kAhead * stride);
+    for (size_t i = 0; i < kHeadDim * sizeof(In); i += 64) __builtin_prefetch(next + i, 0, kIntoSecondCache);
+    RowVecs<kHeadDim> row;
     signed_hadamard<kHeadDim>(in, true, row);
-    for (int i = 0; i < kHeadDim; i += kWidth) {
-      const FloatVec x = load(row + i) * factor;
-      squares += x * x;
-      put(out + i, kSaturate ? saturate(x) : x);
+#pragma GCC unroll 16
+    for (int i = 0; i < kHeadDim / kWidth; ++i) {
+      const FloatVec x = row[i] * factor;
+      squares[i % kSums] += x * x;
+      put(out + i * kWidth, kSaturate ? saturate(x) : x);
     }
   }
-  return !(sum_lanes(squares) < TQ_HALF_MAX * TQ_HALF_MAX);
+  return !(sum_lanes(squares[0] + squares[1] + squares[2] + squares[3]) < TQ_HALF_MAX * TQ_HALF_MAX);
 }
 
 template <int kHeadDim, typename In, typename Out>

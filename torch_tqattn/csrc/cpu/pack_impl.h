@@ -1,13 +1,14 @@
 // Codes, a byte each, to the planes of a row.
 // Part of kernels_impl.h: compiled once for each instruction set.
 
-// A plane's fields, each in the low bits of a byte, side by side: a word of them shrinks to its low byte.
-template <typename Word, int kPlane>
-TQ_INLINE void pack_plane(const uint8_t* codes, int64_t count, int shift, uint8_t* plane) {
-  typedef Word WordVec __attribute__((vector_size(16)));
-  typedef uint8_t ByteVec __attribute__((vector_size(16 / sizeof(Word))));
+// A plane's fields, each in the low bits of a byte, side by side: a word of them shrinks to its low byte. kCodesAtOnce
+// codes at a time, from number `i` on, as long as they are within `count`; returns where it ended.
+template <typename Word, int kPlane, int kCodesAtOnce>
+TQ_INLINE int64_t pack_plane(const uint8_t* codes, int64_t i, int64_t count, int shift, uint8_t* plane) {
+  typedef Word WordVec __attribute__((vector_size(kCodesAtOnce)));
+  typedef uint8_t ByteVec __attribute__((vector_size(kCodesAtOnce / sizeof(Word))));
   constexpr Word kFields = static_cast<Word>(static_cast<Word>(~Word{0}) / 255 * ((1 << kPlane) - 1));
-  for (int64_t i = 0; i < count; i += 16) {  // all head dims are multiples of 16
+  for (; i + kCodesAtOnce <= count; i += kCodesAtOnce) {
     WordVec words;
     __builtin_memcpy(&words, codes + i, sizeof(words));
     words = (words >> shift) & kFields;
@@ -15,6 +16,13 @@ TQ_INLINE void pack_plane(const uint8_t* codes, int64_t count, int shift, uint8_
     const ByteVec bytes = __builtin_convertvector(words, ByteVec);
     __builtin_memcpy(plane + i * kPlane / 8, &bytes, sizeof(bytes));
   }
+  return i;
+}
+
+template <typename Word, int kPlane>
+TQ_INLINE void pack_plane(const uint8_t* codes, int64_t count, int shift, uint8_t* plane) {
+  const int64_t rest = pack_plane<Word, kPlane, kWidth * 4>(codes, 0, count, shift, plane);
+  pack_plane<Word, kPlane, 16>(codes, rest, count, shift, plane);  // all head dims are multiples of 16
 }
 
 TQ_INLINE void pack_bits(const uint8_t* codes, int64_t count, int shift, uint8_t* plane) {

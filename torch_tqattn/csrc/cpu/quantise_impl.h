@@ -52,6 +52,17 @@ TQ_INLINE __m512i pick_integer(const int16_t* table, __m512i index) {
 }
 #endif
 
+// The number from -limit to limit that is nearest to x.
+TQ_INLINE FloatVec clamp(FloatVec x, float limit) {
+  const FloatVec high = broadcast(limit);
+#if defined(TQ_ISA_AVX512)
+  constexpr int kSmallerWithSignOfFirst = 2;
+  return (FloatVec)_mm512_range_ps((__m512)x, (__m512)high, kSmallerWithSignOfFirst);
+#endif
+  const FloatVec below = x < high ? x : high;
+  return below > -high ? below : -high;
+}
+
 // A codebook as its encoder reads it.
 template <int kBits>
 class Quantiser {
@@ -70,10 +81,8 @@ class Quantiser {
 
   // Codes, in the low byte of each lane: how many thresholds each number is beyond.
   TQ_INLINE IntVec code(FloatVec x) const {
-    const FloatVec high = broadcast(largest_);
-    const FloatVec below = x < high ? x : high;
     // Adding 1.5 * 2^23 rounds to the nearest integer, and leaves it in the low bits.
-    const FloatVec shifted = tq_guess<kBits>(below > -high ? below : -high) + (12582912.0f + (1 << (kBits - 1)) - 1);
+    const FloatVec shifted = tq_guess<kBits>(clamp(x, largest_)) + (12582912.0f + (1 << (kBits - 1)) - 1);
     const IntVec index = (IntVec)shifted;
     const FloatVec threshold = pick<kEntries>(thresholds_, index);
 #if defined(TQ_ISA_AVX512)

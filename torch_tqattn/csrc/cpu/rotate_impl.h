@@ -1,6 +1,13 @@
 // The signed Hadamard transform.
 // Part of kernels_impl.h: compiled once for each instruction set.
 
+// A row of up to this many vectors stays in registers.
+#if defined(TQ_ISA_AVX512)
+constexpr int kHeldVectors = 16;
+#else
+constexpr int kHeldVectors = 8;
+#endif
+
 // What the transform negates: the sign bit of each coordinate.
 struct SignBits {
   alignas(64) uint32_t bits[TQ_MAX_HEAD_DIM]{};
@@ -60,12 +67,15 @@ TQ_INLINE FloatVec hadamard_of_lanes(FloatVec v) {
 
 // log2(kRadix) stages among `count` vectors, from those that are `stride` apart on.
 template <int kRadix>
-TQ_INLINE void butterflies(float* x, int64_t count, int64_t stride) {
+TQ_INLINE void butterflies(FloatVec* x, int64_t count, int64_t stride) {
   for (int64_t group = 0; group < count; group += stride * kRadix) {
     for (int64_t first = group; first < group + stride; ++first) {
       FloatVec v[kRadix];
-      for (int i = 0; i < kRadix; ++i) v[i] = load(x + (first + i * stride) * kWidth);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRadix; ++i) v[i] = x[first + i * stride];
+#pragma GCC unroll 4
       for (int apart = 1; apart < kRadix; apart *= 2) {
+#pragma GCC unroll 16
         for (int i = 0; i < kRadix; ++i) {
           if (i & apart) continue;
           const FloatVec a = v[i], b = v[i + apart];
@@ -73,16 +83,18 @@ TQ_INLINE void butterflies(float* x, int64_t count, int64_t stride) {
           v[i + apart] = a - b;
         }
       }
-      for (int i = 0; i < kRadix; ++i) store(x + (first + i * stride) * kWidth, v[i]);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRadix; ++i) x[first + i * stride] = v[i];
     }
   }
 }
 
 // The stages among the vectors of a power-of-two transform.
 template <int kVectors>
-TQ_INLINE void hadamard_of_vectors(float* x) {
-  constexpr int kEighths = kVectors >= 64 ? 64 : kVectors >= 8 ? 8 : 1;  // left apart by stages of eight
-  if constexpr (kVectors >= 8) butterflies<8>(x, kVectors, 1);
+TQ_INLINE void hadamard_of_vectors(FloatVec* x) {
+  if constexpr (kVectors <= kHeldVectors) return butterflies<kVectors>(x, kVectors, 1);
+  constexpr int kEighths = kVectors >= 64 ? 64 : 8;  // left apart by stages of eight
+  butterflies<8>(x, kVectors, 1);
   if constexpr (kVectors >= 64) butterflies<8>(x, kVectors, 8);
   if constexpr (kVectors > kEighths) butterflies<kVectors / kEighths>(x, kVectors, kEighths);
 }
@@ -110,7 +122,7 @@ struct OddHadamard {
 
 // The order-kOrder transform among as many parts of the row.
 template <int kOrder, int kPart>
-void hadamard_of_parts(float* row) {
+void hadamard_of_parts(FloatVec* row) {
   static constexpr OddHadamard<kOrder> matrix;
   typedef float PartVec __attribute__((vector_size(kPart * 4)));
   constexpr int kTogether = 4;  // sums that do not wait for each other; divides both orders
@@ -121,43 +133,42 @@ void hadamard_of_parts(float* row) {
     for (int from = 0; from < kOrder; ++from) {
       for (int i = 0; i < kTogether; ++i) total[i] += matrix.entry[to + i][from] * part[from];
     }
-    __builtin_memcpy(row + to * kPart, total, sizeof(total));
+    __builtin_memcpy(reinterpret_cast<float*>(row) + to * kPart, total, sizeof(total));
   }
 }
 
 // The parts of a row that the transform of an odd order mixes.
 constexpr int hadamard_parts(int head_dim) { return head_dim == 80 ? 20 : head_dim % 3 == 0 ? 12 : 1; }
 
-// H times the row, not normalised; the stages among a vector's lanes are done already.
+// A row of kHeadDim numbers.
 template <int kHeadDim>
-TQ_INLINE void hadamard_after_lanes(float* row) {
-  constexpr int kParts = hadamard_parts(kHeadDim), kPart = kHeadDim / kParts;
-  if constexpr (kPart > kWidth) {
-    for (int part = 0; part < kParts; ++part) hadamard_of_vectors<kPart / kWidth>(row + part * kPart);
-  }
-  if constexpr (kParts > 1) hadamard_of_parts<kParts, kPart>(row);
-}
+using RowVecs = FloatVec[kHeadDim / kWidth];
 
 // H times the signed row, not normalised, of numbers of any type.
 template <int kHeadDim, typename In>
-TQ_INLINE void signed_hadamard(const In* in, bool has_signs, float* row) {
-  constexpr int kPart = kHeadDim / hadamard_parts(kHeadDim);
-  for (int i = 0; i < kHeadDim; i += kWidth) {
-    const FloatVec x = load_number(in + i);
-    store(row + i, hadamard_of_lanes<kPart>(has_signs ? apply_signs(x, i) : x));
+TQ_INLINE void signed_hadamard(const In* in, bool has_signs, RowVecs<kHeadDim>& row) {
+  constexpr int kParts = hadamard_parts(kHeadDim), kPart = kHeadDim / kParts;
+#pragma GCC unroll 16
+  for (int i = 0; i < kHeadDim / kWidth; ++i) {
+    const FloatVec x = load_number(in + i * kWidth);
+    row[i] = hadamard_of_lanes<kPart>(has_signs ? apply_signs(x, i * kWidth) : x);
   }
-  hadamard_after_lanes<kHeadDim>(row);
+  if constexpr (kPart > kWidth) {
+    for (int part = 0; part < kParts; ++part) hadamard_of_vectors<kPart / kWidth>(row + part * kPart / kWidth);
+  }
+  if constexpr (kParts > 1) hadamard_of_parts<kParts, kPart>(row);
 }
 
 template <int kHeadDim>
 void rotate(const float* in, float* out, int64_t rows, bool inverse, float scale) {
   const float factor = scale / std::sqrt(static_cast<float>(kHeadDim));
-  alignas(64) float row[kHeadDim];
   for (int64_t r = 0; r < rows; ++r, in += kHeadDim, out += kHeadDim) {
+    RowVecs<kHeadDim> row;
     signed_hadamard<kHeadDim>(in, !inverse, row);
-    for (int i = 0; i < kHeadDim; i += kWidth) {
-      const FloatVec x = load(row + i) * factor;
-      store(out + i, inverse ? apply_signs(x, i) : x);
+#pragma GCC unroll 16
+    for (int i = 0; i < kHeadDim / kWidth; ++i) {
+      const FloatVec x = row[i] * factor;
+      store(out + i * kWidth, inverse ? apply_signs(x, i * kWidth) : x);
     }
   }
 }

@@ -70,6 +70,10 @@ TQ_INLINE FloatVec load_number(const c10::Half* p) {
 }
 
 TQ_INLINE FloatVec load_number(const c10::BFloat16* p) {
+#if defined(TQ_ISA_AVX512)
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (FloatVec)_mm512_slli_epi32(low, 16);
+#endif
   typedef uint16_t ShortVec __attribute__((vector_size(kWidth * 2)));
   typedef uint32_t WordVec __attribute__((vector_size(kWidth * 4)));
   ShortVec high;
