@@ -133,10 +133,13 @@ class Attention {
     interleave(task.q, task.rows, head_dim_, q_);
     if (!has_coded_) return;
     keys_.with_rows(Place::kCoded, [&](const auto& rows) {
-      if constexpr (std::decay_t<decltype(rows)>::kIsInteger) return set_queries(rows, task, integers_);
-      float* ordered = coded_out_;  // not in use yet
-      for (int64_t r = 0; r < task.rows; ++r) rows.order(task.q + r * head_dim_, ordered + r * padded_);
-      interleave(ordered, task.rows, padded_, coded_q_);
+      if constexpr (std::decay_t<decltype(rows)>::kIsInteger) {
+        set_queries(rows, task, integers_);
+      } else {
+        float* ordered = coded_out_;  // not in use yet
+        for (int64_t r = 0; r < task.rows; ++r) rows.order(task.q + r * head_dim_, ordered + r * padded_);
+        interleave(ordered, task.rows, padded_, coded_q_);
+      }
     });
     std::memset(coded_out_, 0, task.rows * padded_ * sizeof(float));
   }
@@ -247,11 +250,13 @@ class Attention {
     const Span span = keys_.readable_rows(begin, count, copied_);
     with_coded_rows(task_.k, head_dim_, [&](const auto& rows) {
       if constexpr (std::decay_t<decltype(rows)>::kIsInteger) {
-        return score_integers(rows, span, count, from, to, task_, integers_, logits);
+        score_integers(rows, span, count, from, to, task_, integers_, logits);
+      } else if (is_direct()) {
+        score(rows, span, count, from, to, coded_q_, padded_, logits);
+      } else {
+        const int64_t padded_to = to == head_dim_ ? padded_ : to;
+        score(FloatRows{padded_}, densify(rows, span, count), count, from, padded_to, coded_q_, padded_, logits);
       }
-      if (is_direct()) return score(rows, span, count, from, to, coded_q_, padded_, logits);
-      const int64_t padded_to = to == head_dim_ ? padded_ : to;
-      score(FloatRows{padded_}, densify(rows, span, count), count, from, padded_to, coded_q_, padded_, logits);
     });
   }
 
@@ -278,11 +283,12 @@ class Attention {
         if (!add_integers(rows, span, count, from, to, task_, weights, integers_, coded_out_, padded_)) {
           add_one_by_one(rows, span, count, from, to, weights);
         }
-        return;
+      } else if (is_direct()) {
+        add(rows, span, count, from, to, weights, coded_out_, padded_);
+      } else {
+        const int64_t padded_to = to == head_dim_ ? padded_ : to;
+        add(FloatRows{padded_}, densify(rows, span, count), count, from, padded_to, weights, coded_out_, padded_);
       }
-      if (is_direct()) return add(rows, span, count, from, to, weights, coded_out_, padded_);
-      const int64_t padded_to = to == head_dim_ ? padded_ : to;
-      add(FloatRows{padded_}, densify(rows, span, count), count, from, padded_to, weights, coded_out_, padded_);
     });
   }
 

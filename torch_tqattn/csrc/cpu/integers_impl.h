@@ -1,9 +1,11 @@
-// Products of levels that are integers of 8 bits (codes of 2 to 5 bits) with queries and weights, for processors with
-// an instruction that adds four such products to each lane, in the time that one product of floats takes.
+// Products of levels that are integers with queries and weights, for processors with an instruction that adds four
+// products of bytes to each lane, in the time that one product of floats takes.
 //
 // What levels are multiplied with is written as digits of 8 bits, relative to the largest of its row: a query's part
 // with one norm, or a tile's weights. 2 digits are kept where inputs have 16 bits, and 3, as much as a float32 keeps,
-// where they are float32. All else is exact, up to the conversion of a finished sum to float.
+// where they are float32. Levels of 2 to 5 bits have one digit, and all products are exact. Those of 6 and 8 bits have
+// two, and products of the lowest digits, smaller than what was rounded off, are left out. Products of digits of one
+// rank, the sum of their places, are added up together; finished sums are converted to float.
 //
 // Part of kernels_impl.h: compiled once for each instruction set.
 
@@ -43,10 +45,10 @@ TQ_INLINE IntVec rounded(FloatVec x) { return (IntVec)_mm512_cvtps_epi32((__m512
 
 // A query's numbers, with digits -128 .. 127.
 struct QueryDigits : Digits<TQ_NORM_GROUP> {
-  int32_t origin[kMaxDigits];  // where sums of products with a digit begin: the levels have 128 added
+  int32_t origin[kMaxDigits];  // where the sums of each rank begin: the levels' highest digits have 128 added
 
   // `count` is a multiple of kWidth. Should any number be none, or infinite, the step is none.
-  void write(int digits, const float* numbers, int64_t count) {
+  void write(int digits, int level_digits, const float* numbers, int64_t count) {
     FloatVec largest = {}, spoilt = {};
     for (int64_t i = 0; i < count; i += kWidth) {
       const FloatVec x = load(numbers + i);
@@ -64,15 +66,25 @@ struct QueryDigits : Digits<TQ_NORM_GROUP> {
       IntVec total = {};
       for (int64_t i = 0; i < count; i += 4) total = dot(total, ByteVec{} + 128, broadcast(four[i / 4][p]));
       origin[p] = -total[0];
+      // What is left out, for levels' lowest digits of 128 on average.
+      if (level_digits == 2 && p == 0) origin[0] -= origin[0] / 256;
     }
   }
 };
 
 // A tile's weights of one query, none of them negative: the digits have no signs.
 struct WeightDigits : Digits<kMaxTile> {
+  float total;  // of the integers
+
   TQ_INLINE void write(int digits, const float* numbers, int64_t count, float largest) {
     const float inverse = take_step(largest, digits == 2 ? 0xffff : 0xffff00);
-    for (int64_t j = 0; j < count; j += kWidth) put(j, rounded(load(numbers + j) * inverse));
+    IntVec sum = {};
+    for (int64_t j = 0; j < count; j += kWidth) {
+      const IntVec integers = rounded(load(numbers + j) * inverse);
+      put(j, integers);
+      sum += integers;
+    }
+    total = static_cast<float>(_mm512_reduce_add_epi32((__m512i)sum));
   }
 };
 
@@ -86,12 +98,26 @@ TQ_INLINE float largest_weight(const float* numbers, int64_t count) {
   return number >= 0 ? number : INFINITY;
 }
 
-// The sums of all digits' products put together. No sum of up to 128 products leaves 24 bits.
+// The sums of all ranks put together. None leaves 24 bits.
 template <int kDigits>
-TQ_INLINE FloatVec join_digits(const IntVec (&sums)[kDigits]) {
-  const FloatVec low = __builtin_convertvector((sums[1] << 8) + sums[0], FloatVec);
-  if constexpr (kDigits == 2) return low;
-  return __builtin_convertvector(sums[kDigits - 1], FloatVec) * 65536.0f + low;
+TQ_INLINE FloatVec join_ranks(const IntVec (&sums)[kDigits]) {
+  if constexpr (kDigits == 2) return __builtin_convertvector((sums[1] << 8) + sums[0], FloatVec);
+  FloatVec joined = {};
+#pragma GCC unroll 4
+  for (int p = kDigits - 1; p >= 0; --p) joined = joined * 256.0f + __builtin_convertvector(sums[p], FloatVec);
+  return joined;
+}
+
+// Adds the products of four levels a lane with digits of what they are multiplied with, `digit(p)`, to the sums of
+// their ranks. Which of a product's bytes have signs is up to `product`.
+template <int kDigits, int kLevelDigits, typename Product>
+TQ_INLINE void add_to_ranks(const ByteVec (&levels)[kLevelDigits], int p, ByteVec digit, Product product,
+                            IntVec (&sums)[kDigits]) {
+#pragma GCC unroll 2
+  for (int l = 0; l < kLevelDigits; ++l) {
+    const int rank = p + l - (kLevelDigits - 1);
+    if (rank >= 0) sums[rank] = product(sums[rank], levels[l], digit);
+  }
 }
 
 // From rows of bytes to columns: lane j of columns[d] is dword d of row j.
@@ -160,10 +186,16 @@ TQ_INLINE void read_woven(const Packed& packed, Span span, int64_t count, Packed
 
 // The levels of packed codes: of the first ones of the bytes or, after a shift, of the second ones. Tables are
 // repeated, so that it does not matter what is above a code.
-template <int kShift>
-TQ_INLINE ByteVec levels(const uint8_t* table, ByteVec packed) {
-  return look_up<6>(table, shift_right<kShift>(packed));
+template <typename Levels, int kShift>
+TQ_INLINE void look_up_levels(const uint8_t (&tables)[2][256], ByteVec packed, ByteVec (&levels)[Levels::kLevelDigits]) {
+  const ByteVec codes = shift_right<kShift>(packed);
+#pragma GCC unroll 2
+  for (int l = 0; l < Levels::kLevelDigits; ++l) levels[l] = look_up<Levels::kBits>(tables[l], codes);
 }
+
+// What the joined sums of ranks are to be multiplied with: products of lowest digits are left out.
+template <typename Levels>
+constexpr float kRankFactor = Levels::kLevelDigits == 2 ? 256.0f : 1.0f;
 
 // Fetches what lies behind a tile into the cache, spread over the time that the tile's products take: all at once would
 // be more than the processor has on its way, and it would wait.
@@ -179,13 +211,12 @@ struct Prefetch {
 
 // logits[r * kLogitRow + j] = query r . key j, for kRows queries: the part of the dims that the packed codes have, from
 // number `at` of the norm group on, is added to what other parts left unless it is the first.
-template <int kRows, int kDigits, int kShift>
+template <int kRows, int kDigits, typename Levels>
 void score_columns(const LevelTable& table, const PackedTile& tile, int64_t count, int64_t at,
                    const QueryDigits* queries, Prefetch prefetch, float* logits) {
   constexpr int kColumns = 2;  // that share what is loaded of the queries
   for (int64_t j = 0; j < count; j += kColumns * kWidth) {
-    const ByteVec* columns = tile.keys[j / kWidth];
-    const ByteVec* next = j + kWidth < count ? columns + kWidth : columns;
+    const ByteVec* columns[kColumns] = {tile.keys[j / kWidth], tile.keys[j / kWidth + (j + kWidth < count)]};
     IntVec sums[kColumns][kRows][kDigits];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -195,29 +226,34 @@ void score_columns(const LevelTable& table, const PackedTile& tile, int64_t coun
       }
     }
     for (int d = 0; d < kWidth; ++d) {
-      const auto add = [&](ByteVec here, ByteVec there, int64_t number) TQ_LAMBDA_INLINE {
+      const auto add = [&](auto shift, int64_t number) TQ_LAMBDA_INLINE {
+        ByteVec levels[kColumns][Levels::kLevelDigits];
+#pragma GCC unroll 2
+        for (int c = 0; c < kColumns; ++c) {
+          look_up_levels<Levels, decltype(shift)::value>(table.without_sign, columns[c][d], levels[c]);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
           for (int p = 0; p < kDigits; ++p) {
             const ByteVec of_q = broadcast(queries[r].four[number / 4][p]);
-            sums[0][r][p] = dot(sums[0][r][p], here, of_q);
-            sums[1][r][p] = dot(sums[1][r][p], there, of_q);
+#pragma GCC unroll 2
+            for (int c = 0; c < kColumns; ++c) {
+              add_to_ranks(levels[c], p, of_q, dot, sums[c][r]);
+            }
           }
         }
       };
       prefetch();
-      add(levels<0>(table.above_128, columns[d]), levels<0>(table.above_128, next[d]), at + 4 * d);
-      if constexpr (kShift != 0) {
-        add(levels<kShift>(table.above_128, columns[d]), levels<kShift>(table.above_128, next[d]), at + kCodes + 4 * d);
-      }
+      add(std::integral_constant<int, 0>(), at + 4 * d);
+      if constexpr (Levels::kShift != 0) add(std::integral_constant<int, Levels::kShift>(), at + kCodes + 4 * d);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
       for (int c = 0; c < kColumns; ++c) {
         float* to = logits + r * kLogitRow + j + c * kWidth;
-        const FloatVec product = join_digits(sums[c][r]) * queries[r].step;
+        const FloatVec product = join_ranks(sums[c][r]) * (queries[r].step * kRankFactor<Levels>);
         store(to, at == 0 ? product : load(to) + product);
       }
     }
@@ -225,34 +261,39 @@ void score_columns(const LevelTable& table, const PackedTile& tile, int64_t coun
 }
 
 // out_r += sum_j weight r, j * value j, for kRows queries: the numbers that the packed codes have.
-template <int kRows, int kDigits, int kShift>
+template <int kRows, int kDigits, typename Levels>
 void add_woven(const LevelTable& table, const PackedTile& tile, int64_t count, const WeightDigits* weights,
                Prefetch prefetch, float* out, int64_t out_stride) {
-  // Two vectors of numbers share what is loaded of the weights.
-  for (int n = 0; n < 4; n += kShift == 0 ? 2 : 1) {
-    const ByteVec* first = tile.values[n];
-    const ByteVec* second = kShift == 0 ? tile.values[n + 1] : first;
-    IntVec sums[2][kRows][kDigits] = {};
+  constexpr int kVectors = 2;  // that share what is loaded of the weights
+  for (int n = 0; n < 4; n += Levels::kShift == 0 ? kVectors : 1) {
+    const ByteVec* packed[kVectors] = {tile.values[n], tile.values[Levels::kShift == 0 ? n + 1 : n]};
+    IntVec sums[kVectors][kRows][kDigits] = {};
     for (int64_t j = 0; j < count; j += 4) {
       prefetch();
-      const ByteVec here = levels<0>(table.with_sign, first[j / 4]);
-      const ByteVec there = levels<kShift>(table.with_sign, second[j / 4]);
+      ByteVec levels[kVectors][Levels::kLevelDigits];
+      look_up_levels<Levels, 0>(table.with_sign, packed[0][j / 4], levels[0]);
+      look_up_levels<Levels, Levels::kShift>(table.with_sign, packed[1][j / 4], levels[1]);
+      const auto swapped = [](IntVec sum, ByteVec level, ByteVec weight) TQ_LAMBDA_INLINE {
+        return dot(sum, weight, level);
+      };
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
         for (int p = 0; p < kDigits; ++p) {
           const ByteVec weight = broadcast(weights[r].four[j / 4][p]);
-          sums[0][r][p] = dot(sums[0][r][p], weight, here);
-          sums[1][r][p] = dot(sums[1][r][p], weight, there);
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) add_to_ranks(levels[v], p, weight, swapped, sums[v][r]);
         }
       }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
+      // Levels of 16 bits have 128 less in the tables.
+      const float missing = Levels::kLevelDigits == 2 ? weights[r].total * 128 * weights[r].step : 0.0f;
       float* to = out + r * out_stride + n * kWidth;
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v, to += kShift == 0 ? kWidth : kCodes) {
-        store(to, load(to) + join_digits(sums[v][r]) * weights[r].step);
+      for (int v = 0; v < kVectors; ++v, to += Levels::kShift == 0 ? kWidth : kCodes) {
+        store(to, load(to) + (join_ranks(sums[v][r]) * (weights[r].step * kRankFactor<Levels>) + missing));
       }
     }
   }
@@ -287,7 +328,7 @@ void set_queries(const Rows& rows, const AttendTask& task, IntegerProducts& prod
     rows.order(task.q + r * head_dim, ordered, kByteOrder);
     for (int64_t from = 0; from < padded; from += TQ_NORM_GROUP) {
       const int64_t dims = smaller(TQ_NORM_GROUP, padded - from);
-      products.queries[from / TQ_NORM_GROUP][r].write(task.digits, ordered + from, dims);
+      products.queries[from / TQ_NORM_GROUP][r].write(task.digits, rows.kLevelDigits, ordered + from, dims);
     }
   }
 }
@@ -302,7 +343,7 @@ void score_integers(const Rows& rows, Span span, int64_t count, int64_t from, in
     read_columns(packed, span, count, products.tile);
     with_digits(task.digits, [&](auto digits) {
       for_row_groups(task.rows, [&](int64_t r, auto group) {
-        score_columns<decltype(group)::value, decltype(digits)::value, decltype(packed)::kShift>(
+        score_columns<decltype(group)::value, decltype(digits)::value, typename decltype(packed)::Levels>(
             rows.table, products.tile, count, at - from, products.queries[from / TQ_NORM_GROUP] + r, prefetch,
             logits + r * kLogitRow);
       });
@@ -327,12 +368,12 @@ bool add_integers(const Rows& rows, Span span, int64_t count, int64_t from, int6
     products.weights[r].write(task.digits, weights + r * kLogitRow, padded, largest[r]);
   }
   rows.for_each_packed(from, to, [&](auto packed, int64_t at) {
-    const int64_t steps = (count + 3) / 4 * (decltype(packed)::kShift == 0 ? 2 : 4);
+    const int64_t steps = (count + 3) / 4 * (decltype(packed)::Levels::kShift == 0 ? 2 : 4);
     const Prefetch prefetch = prefetch_for_part(rows, span, count, task.params->head_dim, at, steps);
     read_woven(packed, span, count, products.tile);
     with_digits(task.digits, [&](auto digits) {
       for_row_groups(task.rows, [&](int64_t r, auto group) {
-        add_woven<decltype(group)::value, decltype(digits)::value, decltype(packed)::kShift>(
+        add_woven<decltype(group)::value, decltype(digits)::value, typename decltype(packed)::Levels>(
             rows.table, products.tile, count, products.weights + r, prefetch, out + r * out_stride + at, out_stride);
       });
     });

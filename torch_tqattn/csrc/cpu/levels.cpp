@@ -23,8 +23,17 @@ LevelTable make_table(const Codebook& codebook) {
     uint8_t bytes[4];
     std::memcpy(bytes, &level, 4);
     for (int b = 0; b < 4; ++b) table.bytes[b][i] = bytes[b];
-    table.with_sign[i] = static_cast<uint8_t>(has_integers ? codebook.integers[code] : 0);
-    table.above_128[i] = static_cast<uint8_t>(table.with_sign[i] + 128);
+    const int integer = has_integers ? codebook.integers[code] : 0, low = integer & 255;
+    if (codebook.bits <= 5) {
+      table.with_sign[0][i] = static_cast<uint8_t>(integer);
+      table.without_sign[0][i] = static_cast<uint8_t>(integer + 128);
+    } else {
+      const int high = (integer - low) / 256;
+      table.with_sign[0][i] = static_cast<uint8_t>(low - 128);
+      table.with_sign[1][i] = static_cast<uint8_t>(high);
+      table.without_sign[0][i] = static_cast<uint8_t>(low);
+      table.without_sign[1][i] = static_cast<uint8_t>(high + 128);
+    }
   }
   return table;
 }

@@ -66,14 +66,22 @@ struct LoadFloat {
 using HalfRows = NaturalRows<LoadHalf>;
 using FloatRows = NaturalRows<LoadFloat>;
 
+// How packed codes become levels: integers of up to kLevelDigits_ bytes, looked up by the lowest kBits of a code. Where
+// kShift_ is not 0, a byte's second code lies that many bits above its first.
+template <int kBits_, int kLevelDigits_, int kShift_>
+struct PackedLevels {
+  static constexpr int kBits = kBits_, kLevelDigits = kLevelDigits_, kShift = kShift_;
+};
+
 // Rows of codes: a plane of kLow bits a code, then one of what is left of kBits.
 template <int kBits, int kLow, int kBytesOfLevel>
 struct CodedRows {
   int64_t head_dim;
   const LevelTable& table;
 
-  // Whether levels are integers of 8 bits, and there is an instruction for their products.
-  static constexpr bool kIsInteger = kHasDot && kBytesOfLevel == 2;
+  // Whether levels are integers of 8 or 16 bits, and there is an instruction for products of bytes.
+  static constexpr bool kIsInteger = kHasDot && kBytesOfLevel < 4;
+  static constexpr int kLevelDigits = kBytesOfLevel - 1;
 
   static constexpr int kHigh = kLow == 8 ? 0 : kBits - kLow;
   // Where a byte has two codes, a vector of them is read at once, the even ones and then the odd ones.
@@ -113,7 +121,7 @@ struct CodedRows {
   // further in the rows' own order.
   template <int kPerByte, int kWhich, int kCodesOfByte>
   struct PackedCodes {
-    static constexpr int kShift = kCodesOfByte == 1 ? 0 : kLow;  // from one code of a byte to the next
+    using Levels = PackedLevels<(kBits <= 6 ? 6 : 8), kLevelDigits, (kCodesOfByte == 1 ? 0 : kLow)>;
     const CodedRows& rows;
     int64_t at;
     TQ_INLINE ByteVec read(const uint8_t* row) const { return rows.codes<kPerByte, kWhich>(row, at); }
