@@ -132,7 +132,7 @@ class Attention {
     }
     interleave(task.q, task.rows, head_dim_, q_);
     if (!has_coded_) return;
-    keys_.with_rows(Place::kCoded, [&](const auto& rows) {
+    keys_.with_rows(Place::kCoded, task.digits, [&](const auto& rows) {
       if constexpr (std::decay_t<decltype(rows)>::kIsInteger) {
         set_queries(rows, task, integers_);
       } else {
@@ -155,7 +155,7 @@ class Attention {
       attend_tile(run.place, begin, end, end == run_end);
     }
     if (!has_coded_) return;
-    values_.with_rows(Place::kCoded, [&](const auto& rows) {
+    values_.with_rows(Place::kCoded, task_.digits, [&](const auto& rows) {
       for (int64_t r = 0; r < task_.rows; ++r) {
         if constexpr (std::decay_t<decltype(rows)>::kIsInteger) {
           rows.add_natural(coded_out_ + r * padded_, out(r), kWovenOrder);
@@ -248,7 +248,7 @@ class Attention {
       return score(HalfRows{head_dim_}, keys_.rows(place, begin), count, from, to, q_, head_dim_, logits);
     }
     const Span span = keys_.readable_rows(begin, count, copied_);
-    with_coded_rows(task_.k, head_dim_, [&](const auto& rows) {
+    with_coded_rows(task_.k, head_dim_, task_.digits, [&](const auto& rows) {
       if constexpr (std::decay_t<decltype(rows)>::kIsInteger) {
         score_integers(rows, span, count, from, to, task_, integers_, logits);
       } else if (is_direct()) {
@@ -278,7 +278,7 @@ class Attention {
       return;
     }
     const Span span = values_.readable_rows(begin, count, copied_);
-    with_coded_rows(task_.v, head_dim_, [&](const auto& rows) {
+    with_coded_rows(task_.v, head_dim_, task_.digits, [&](const auto& rows) {
       if constexpr (std::decay_t<decltype(rows)>::kIsInteger) {
         if (!add_integers(rows, span, count, from, to, task_, weights, integers_, coded_out_, padded_)) {
           add_one_by_one(rows, span, count, from, to, weights);

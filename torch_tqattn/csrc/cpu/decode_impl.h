@@ -83,11 +83,11 @@ class SideReader {
     }
   }
 
-  // Calls f with the class of the rows.
+  // Calls f with the class of the rows, as with_coded_rows does.
   template <typename Function>
-  void with_rows(Place place, Function f) const {
+  void with_rows(Place place, int digits, Function f) const {
     if (is_half(place)) return f(HalfRows{params_.head_dim});
-    with_coded_rows(store_, params_.head_dim, f);
+    with_coded_rows(store_, params_.head_dim, digits, f);
   }
 
  private:
@@ -111,7 +111,7 @@ void decode(const HeadStore& store, const TqAttendParams& params, int64_t begin,
   for (int64_t position = begin; position < end;) {
     const Run run = find_run(store, params, position, end);
     const c10::Half* mean = reinterpret_cast<const c10::Half*>(side.mean(run.place, position));
-    side.with_rows(run.place, [&](const auto& rows) {
+    side.with_rows(run.place, kMaxDigits, [&](const auto& rows) {
       for (; position < run.end; ++position, out += head_dim) {
         alignas(64) float ordered[TQ_MAX_HEAD_DIM];
         uint8_t copy[TQ_MAX_HEAD_DIM + kCodes];

@@ -4,14 +4,13 @@
 // What levels are multiplied with is written as digits of 8 bits, relative to the largest of its row: a query's part
 // with one norm, or a tile's weights. 2 digits are kept where inputs have 16 bits, and 3, as much as a float32 keeps,
 // where they are float32. Levels of 2 to 5 bits have one digit, and all products are exact. Those of 6 and 8 bits have
-// two, and products of the lowest digits, smaller than what was rounded off, are left out. Products of digits of one
-// rank, the sum of their places, are added up together; finished sums are converted to float.
+// two; they are multiplied with 2 digits only, and products of the lowest digits, smaller than what was rounded off, are
+// left out. Products of digits of one rank, the sum of their places, are added up together; finished sums are converted
+// to float.
 //
 // Part of kernels_impl.h: compiled once for each instruction set.
 
 #if defined(TQ_HAS_DOT)
-constexpr int kMaxDigits = 3;
-
 // Sums plus each lane's four products of bytes without and with signs.
 TQ_INLINE IntVec dot(IntVec sums, ByteVec without_signs, ByteVec with_signs) {
   return (IntVec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)without_signs, (__m512i)with_signs);
@@ -98,14 +97,12 @@ TQ_INLINE float largest_weight(const float* numbers, int64_t count) {
   return number >= 0 ? number : INFINITY;
 }
 
-// The sums of all ranks put together. None leaves 24 bits.
+// The sums of all ranks put together. None of up to 128 products leaves 24 bits.
 template <int kDigits>
 TQ_INLINE FloatVec join_ranks(const IntVec (&sums)[kDigits]) {
-  if constexpr (kDigits == 2) return __builtin_convertvector((sums[1] << 8) + sums[0], FloatVec);
-  FloatVec joined = {};
-#pragma GCC unroll 4
-  for (int p = kDigits - 1; p >= 0; --p) joined = joined * 256.0f + __builtin_convertvector(sums[p], FloatVec);
-  return joined;
+  const FloatVec low = __builtin_convertvector((sums[1] << 8) + sums[0], FloatVec);
+  if constexpr (kDigits == 2) return low;
+  return __builtin_convertvector(sums[kDigits - 1], FloatVec) * 65536.0f + low;
 }
 
 // Adds the products of four levels a lane with digits of what they are multiplied with, `digit(p)`, to the sums of
@@ -314,10 +311,10 @@ Prefetch prefetch_for_part(const Rows& rows, Span span, int64_t count, int64_t h
 }
 
 // Calls f with std::integral_constant<int, digits>.
-template <typename Function>
+template <int kLevelDigits, typename Function>
 TQ_INLINE void with_digits(int digits, Function f) {
-  if (digits == 2) return f(std::integral_constant<int, 2>());
-  f(std::integral_constant<int, 3>());
+  if (kLevelDigits == 2 || digits == 2) return f(std::integral_constant<int, 2>());
+  if constexpr (kLevelDigits == 1) f(std::integral_constant<int, 3>());
 }
 
 template <typename Rows>
@@ -341,7 +338,7 @@ void score_integers(const Rows& rows, Span span, int64_t count, int64_t from, in
   rows.for_each_packed(from, to, [&](auto packed, int64_t at) {
     const Prefetch prefetch = prefetch_for_part(rows, span, count, task.params->head_dim, at, steps);
     read_columns(packed, span, count, products.tile);
-    with_digits(task.digits, [&](auto digits) {
+    with_digits<Rows::kLevelDigits>(task.digits, [&](auto digits) {
       for_row_groups(task.rows, [&](int64_t r, auto group) {
         score_columns<decltype(group)::value, decltype(digits)::value, typename decltype(packed)::Levels>(
             rows.table, products.tile, count, at - from, products.queries[from / TQ_NORM_GROUP] + r, prefetch,
@@ -371,7 +368,7 @@ bool add_integers(const Rows& rows, Span span, int64_t count, int64_t from, int6
     const int64_t steps = (count + 3) / 4 * (decltype(packed)::Levels::kShift == 0 ? 2 : 4);
     const Prefetch prefetch = prefetch_for_part(rows, span, count, task.params->head_dim, at, steps);
     read_woven(packed, span, count, products.tile);
-    with_digits(task.digits, [&](auto digits) {
+    with_digits<Rows::kLevelDigits>(task.digits, [&](auto digits) {
       for_row_groups(task.rows, [&](int64_t r, auto group) {
         add_woven<decltype(group)::value, decltype(digits)::value, typename decltype(packed)::Levels>(
             rows.table, products.tile, count, products.weights + r, prefetch, out + r * out_stride + at, out_stride);

@@ -55,6 +55,8 @@ struct EncodeTask {
   Encode encode;
 };
 
+constexpr int kMaxDigits = 3;
+
 // Queries that share a KV head, over one part of its positions.
 struct AttendTask {
   const TqAttendParams* params;
@@ -62,7 +64,7 @@ struct AttendTask {
   HeadStore v;
   const float* q;  // [rows, head_dim], rotated and scaled
   int64_t rows;
-  int digits;     // of 8 bits, that products in integers keep of queries and weights: 2 or 3
+  int digits;     // of 8 bits, that products in integers keep of queries and weights: 2 or kMaxDigits
   int64_t begin;  // positions of this part
   int64_t end;
   const int64_t* row_begin;  // [rows] positions that each row may see

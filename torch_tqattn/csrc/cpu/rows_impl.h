@@ -74,13 +74,13 @@ struct PackedLevels {
 };
 
 // Rows of codes: a plane of kLow bits a code, then one of what is left of kBits.
-template <int kBits, int kLow, int kBytesOfLevel>
+// `kIsInteger_`: whether levels are multiplied as integers, of 8 or 16 bits.
+template <int kBits, int kLow, int kBytesOfLevel, bool kIsInteger_ = kHasDot && kBytesOfLevel == 2>
 struct CodedRows {
   int64_t head_dim;
   const LevelTable& table;
 
-  // Whether levels are integers of 8 or 16 bits, and there is an instruction for products of bytes.
-  static constexpr bool kIsInteger = kHasDot && kBytesOfLevel < 4;
+  static constexpr bool kIsInteger = kIsInteger_;
   static constexpr int kLevelDigits = kBytesOfLevel - 1;
 
   static constexpr int kHigh = kLow == 8 ? 0 : kBits - kLow;
@@ -191,9 +191,10 @@ struct CodedRows {
   }
 };
 
-// Calls f with the class of a side's rows of codes.
+// Calls f with the class of a side's rows of codes, for attention that keeps so many digits of its queries and weights.
 template <typename Function>
-void with_coded_rows(const HeadStore& store, int64_t head_dim, Function f) {
+void with_coded_rows(const HeadStore& store, int64_t head_dim, int digits, Function f) {
+  constexpr bool kIsInteger = kHasDot;  // if digits are few: more than 2 take longer than floats with 16-bit levels
   const LevelTable& table = *store.levels;
   const bool is_exact = store.codebook->integers == nullptr;
   const int bits = store.codebook->bits, low = store.format->low_plane;
@@ -211,8 +212,10 @@ void with_coded_rows(const HeadStore& store, int64_t head_dim, Function f) {
     case 5:
       return f(CodedRows<5, 4, 2>{head_dim, table});
     case 6:
+      if (digits == 2) return f(CodedRows<6, 4, 3, kIsInteger>{head_dim, table});
       return f(CodedRows<6, 4, 3>{head_dim, table});
     default:
+      if (digits == 2) return f(CodedRows<8, 8, 3, kIsInteger>{head_dim, table});
       return f(CodedRows<8, 8, 3>{head_dim, table});
   }
 }
