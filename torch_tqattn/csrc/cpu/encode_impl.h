@@ -193,9 +193,13 @@ void encode_batch(const EncodeTask& task, const Quantiser<kBits>& quantiser, Bat
     const bool keeps_length = task.encode != Encode::kPlain && norms[group] > 0;
     to.norms[slot * groups + group] = norms[group] / (keeps_length ? lengths[group] * to.norm_factor : to.norm_factor);
   }
-  // Only now: reading codes that were just written, in pieces of another size, would wait for them.
-  for (int64_t row = 0; row < count; ++row) {
-    pack(codes + row * head_dim, head_dim, *to.format, to.codes + (slot + row) * to.row_bytes, to.row_bytes);
+  // Only now: reading codes that were just written, in pieces of another size, would wait for them. Rows of one plane
+  // that have nothing between them are as one.
+  const bool has_one_plane = to.format->high_plane == 0 && head_dim * to.format->low_plane == to.row_bytes * 8;
+  const int64_t together = has_one_plane ? count : 1;
+  for (int64_t row = 0; row < count; row += together) {
+    pack(codes + row * head_dim, together * head_dim, *to.format, to.codes + (slot + row) * to.row_bytes,
+         together * to.row_bytes);
   }
 }
 

@@ -4,9 +4,9 @@
 // What levels are multiplied with is written as digits of 8 bits, relative to the largest of its row: a query's part
 // with one norm, or a tile's weights. 2 digits are kept where inputs have 16 bits, and 3, as much as a float32 keeps,
 // where they are float32. Levels of 2 to 5 bits have one digit, and all products are exact. Those of 6 and 8 bits have
-// two; they are multiplied with 2 digits only, and products of the lowest digits, smaller than what was rounded off, are
-// left out. Products of digits of one rank, the sum of their places, are added up together; finished sums are converted
-// to float.
+// two; they are multiplied with 2 digits only, and products of the lowest digits, smaller than what was rounded off,
+// are left out. Products of digits of one rank, the sum of their places, are added up together; finished sums are
+// converted to float.
 //
 // Part of kernels_impl.h: compiled once for each instruction set.
 
@@ -184,7 +184,8 @@ TQ_INLINE void read_woven(const Packed& packed, Span span, int64_t count, Packed
 // The levels of packed codes: of the first ones of the bytes or, after a shift, of the second ones. Tables are
 // repeated, so that it does not matter what is above a code.
 template <typename Levels, int kShift>
-TQ_INLINE void look_up_levels(const uint8_t (&tables)[2][256], ByteVec packed, ByteVec (&levels)[Levels::kLevelDigits]) {
+TQ_INLINE void look_up_levels(const uint8_t (&tables)[2][256], ByteVec packed,
+                              ByteVec (&levels)[Levels::kLevelDigits]) {
   const ByteVec codes = shift_right<kShift>(packed);
 #pragma GCC unroll 2
   for (int l = 0; l < Levels::kLevelDigits; ++l) levels[l] = look_up<Levels::kBits>(tables[l], codes);
@@ -270,9 +271,8 @@ void add_woven(const LevelTable& table, const PackedTile& tile, int64_t count, c
       ByteVec levels[kVectors][Levels::kLevelDigits];
       look_up_levels<Levels, 0>(table.with_sign, packed[0][j / 4], levels[0]);
       look_up_levels<Levels, Levels::kShift>(table.with_sign, packed[1][j / 4], levels[1]);
-      const auto swapped = [](IntVec sum, ByteVec level, ByteVec weight) TQ_LAMBDA_INLINE {
-        return dot(sum, weight, level);
-      };
+      const auto swapped = [](IntVec sum, ByteVec level, ByteVec weight)
+                               TQ_LAMBDA_INLINE { return dot(sum, weight, level); };
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -290,7 +290,7 @@ void add_woven(const LevelTable& table, const PackedTile& tile, int64_t count, c
       float* to = out + r * out_stride + n * kWidth;
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v, to += Levels::kShift == 0 ? kWidth : kCodes) {
-        store(to, load(to) + (join_ranks(sums[v][r]) * (weights[r].step * kRankFactor<Levels>) + missing));
+        store(to, load(to) + (join_ranks(sums[v][r]) * (weights[r].step * kRankFactor<Levels>)+missing));
       }
     }
   }

@@ -14,8 +14,8 @@ namespace tqattn::cpu {
 // codebook is repeated to fill the table.
 struct LevelTable {
   alignas(64) uint8_t bytes[4][256];
-  // Levels that are integers, as digits for products of bytes with signs and without. Of 8 bits: digit 0 is the integer,
-  // or the integer plus 128. Of 16 bits: digits 0 and 1 are those of the integer minus 128, or plus 2^15.
+  // Levels that are integers, as digits for products of bytes with signs and without. Of 8 bits: digit 0 is the
+  // integer, or the integer plus 128. Of 16 bits: digits 0 and 1 are those of the integer minus 128, or plus 2^15.
   alignas(64) uint8_t with_sign[2][256];
   uint8_t without_sign[2][256];
   float factor;  // what a level in the table is to be multiplied with

@@ -37,16 +37,16 @@ TQ_INLINE void pack_bits(const uint8_t* codes, int64_t count, int shift, uint8_t
 #endif
 }
 
-void pack(const uint8_t* codes, int64_t head_dim, const StorageFormat& format, uint8_t* row, int64_t row_bytes) {
+void pack(const uint8_t* codes, int64_t count, const StorageFormat& format, uint8_t* row, int64_t row_bytes) {
   const int planes[2] = {format.low_plane, format.high_plane};
   const uint8_t* end = row + row_bytes;
   int shift = 0;
   for (int plane : planes) {
-    if (plane == 8) std::memcpy(row, codes, head_dim);
-    if (plane == 4) pack_plane<uint16_t, 4>(codes, head_dim, shift, row);
-    if (plane == 2) pack_plane<uint32_t, 2>(codes, head_dim, shift, row);
-    if (plane == 1) pack_bits(codes, head_dim, shift, row);
-    row += head_dim * plane / 8;
+    if (plane == 8) std::memcpy(row, codes, count);
+    if (plane == 4) pack_plane<uint16_t, 4>(codes, count, shift, row);
+    if (plane == 2) pack_plane<uint32_t, 2>(codes, count, shift, row);
+    if (plane == 1) pack_bits(codes, count, shift, row);
+    row += count * plane / 8;
     shift += plane;
   }
   while (row < end) *row++ = 0;
