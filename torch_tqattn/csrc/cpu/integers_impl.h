@@ -73,9 +73,9 @@ struct QueryDigits : Digits<TQ_NORM_GROUP> {
 
 // A tile's weights of one query, none of them negative: the digits have no signs.
 struct WeightDigits : Digits<kMaxTile> {
-  float total;  // of the integers
+  float total;  // of the integers, for levels of two digits
 
-  TQ_INLINE void write(int digits, const float* numbers, int64_t count, float largest) {
+  TQ_INLINE void write(int digits, int level_digits, const float* numbers, int64_t count, float largest) {
     const float inverse = take_step(largest, digits == 2 ? 0xffff : 0xffff00);
     IntVec sum = {};
     for (int64_t j = 0; j < count; j += kWidth) {
@@ -83,7 +83,7 @@ struct WeightDigits : Digits<kMaxTile> {
       put(j, integers);
       sum += integers;
     }
-    total = static_cast<float>(_mm512_reduce_add_epi32((__m512i)sum));
+    if (level_digits == 2) total = static_cast<float>(_mm512_reduce_add_epi32((__m512i)sum));
   }
 };
 
@@ -362,7 +362,7 @@ bool add_integers(const Rows& rows, Span span, int64_t count, int64_t from, int6
   }
   if (sum != 0.0f) return false;
   for (int64_t r = 0; r < task.rows; ++r) {
-    products.weights[r].write(task.digits, weights + r * kLogitRow, padded, largest[r]);
+    products.weights[r].write(task.digits, rows.kLevelDigits, weights + r * kLogitRow, padded, largest[r]);
   }
   rows.for_each_packed(from, to, [&](auto packed, int64_t at) {
     const int64_t steps = (count + 3) / 4 * (decltype(packed)::Levels::kShift == 0 ? 2 : 4);
