@@ -18,7 +18,7 @@ PART = 256  # tokens of a prompt at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--contexts", nargs="+", type=int, default=(128, 512, 1024, 2048, 4096, 16384))
+    parser.add_argument("--contexts", nargs="+", type=int, default=(128, 512, 2048, 4096))
     parser.add_argument("--tokens", type=int, default=128, help="tokens that a loop decodes; a block of them is coded")
 
 

@@ -105,8 +105,8 @@ TQ_INLINE FloatVec join_ranks(const IntVec (&sums)[kDigits]) {
   return __builtin_convertvector(sums[kDigits - 1], FloatVec) * 65536.0f + low;
 }
 
-// Adds the products of four levels a lane with digits of what they are multiplied with, `digit(p)`, to the sums of
-// their ranks. Which of a product's bytes have signs is up to `product`.
+// Adds the products of four levels a lane with digit p of what they are multiplied with to the sums of their ranks.
+// `product` is `dot`, or that with its operands the other way round.
 template <int kDigits, int kLevelDigits, typename Product>
 TQ_INLINE void add_to_ranks(const ByteVec (&levels)[kLevelDigits], int p, ByteVec digit, Product product,
                             IntVec (&sums)[kDigits]) {
@@ -191,10 +191,6 @@ TQ_INLINE void look_up_levels(const uint8_t (&tables)[2][256], ByteVec packed,
   for (int l = 0; l < Levels::kLevelDigits; ++l) levels[l] = look_up<Levels::kBits>(tables[l], codes);
 }
 
-// What the joined sums of ranks are to be multiplied with: products of lowest digits are left out.
-template <typename Levels>
-constexpr float kRankFactor = Levels::kLevelDigits == 2 ? 256.0f : 1.0f;
-
 // Fetches what lies behind a tile into the cache, spread over the time that the tile's products take: all at once would
 // be more than the processor has on its way, and it would wait.
 struct Prefetch {
@@ -236,9 +232,7 @@ void score_columns(const LevelTable& table, const PackedTile& tile, int64_t coun
           for (int p = 0; p < kDigits; ++p) {
             const ByteVec of_q = broadcast(queries[r].four[number / 4][p]);
 #pragma GCC unroll 2
-            for (int c = 0; c < kColumns; ++c) {
-              add_to_ranks(levels[c], p, of_q, dot, sums[c][r]);
-            }
+            for (int c = 0; c < kColumns; ++c) add_to_ranks(levels[c], p, of_q, dot, sums[c][r]);
           }
         }
       };
@@ -251,7 +245,7 @@ void score_columns(const LevelTable& table, const PackedTile& tile, int64_t coun
 #pragma GCC unroll 2
       for (int c = 0; c < kColumns; ++c) {
         float* to = logits + r * kLogitRow + j + c * kWidth;
-        const FloatVec product = join_ranks(sums[c][r]) * (queries[r].step * kRankFactor<Levels>);
+        const FloatVec product = join_ranks(sums[c][r]) * (queries[r].step * Levels::kFactor);
         store(to, at == 0 ? product : load(to) + product);
       }
     }
@@ -290,7 +284,7 @@ void add_woven(const LevelTable& table, const PackedTile& tile, int64_t count, c
       float* to = out + r * out_stride + n * kWidth;
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v, to += Levels::kShift == 0 ? kWidth : kCodes) {
-        store(to, load(to) + (join_ranks(sums[v][r]) * (weights[r].step * kRankFactor<Levels>)+missing));
+        store(to, load(to) + (join_ranks(sums[v][r]) * (weights[r].step * Levels::kFactor) + missing));
       }
     }
   }

@@ -71,6 +71,7 @@ using FloatRows = NaturalRows<LoadFloat>;
 template <int kBits_, int kLevelDigits_, int kShift_>
 struct PackedLevels {
   static constexpr int kBits = kBits_, kLevelDigits = kLevelDigits_, kShift = kShift_;
+  static constexpr float kFactor = kLevelDigits == 2 ? 256 : 1;  // of sums of products without those of lowest digits
 };
 
 // Rows of codes: a plane of kLow bits a code, then one of what is left of kBits.
@@ -194,7 +195,7 @@ struct CodedRows {
 // Calls f with the class of a side's rows of codes, for attention that keeps so many digits of its queries and weights.
 template <typename Function>
 void with_coded_rows(const HeadStore& store, int64_t head_dim, int digits, Function f) {
-  constexpr bool kIsInteger = kHasDot;  // if digits are few: more than 2 take longer than floats with 16-bit levels
+  constexpr bool kIsInteger = kHasDot;  // levels of 16 bits too, unless what is left out of their products would count
   const LevelTable& table = *store.levels;
   const bool is_exact = store.codebook->integers == nullptr;
   const int bits = store.codebook->bits, low = store.format->low_plane;
