@@ -526,6 +526,20 @@ def test_strided_and_offset_inputs(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_stores_may_begin_at_any_word(dtype: torch.dtype, device: str) -> None:
+    stores, coded = filled("tq4", "tq8", 128, 90, device, block_size=16)
+    q = torch.randn(2, 4, 1, 128, device=device).to(dtype)
+    expected, _ = tqattn.attend(q, *stores, 0, coded, 90, 16)
+    for i, store in enumerate(stores):
+        if isinstance(store, Tensor):
+            flat, step = store.flatten(), 4 // store.element_size()
+            moved = torch.cat([flat[:step], flat])[step:].view_as(store)
+            out, _ = tqattn.attend(q, *stores[:i], moved, *stores[i + 1 :], 0, coded, 90, 16)
+            # It may be another kernel that reads them.
+            assert relative_error(out, expected) < 2 * max(torch.finfo(dtype).eps, float32_bound(90))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", fmt.HEAD_DIMS)
 def test_inputs_of_any_type_are_what_they_are_in_float32(head_dim: int, dtype: torch.dtype, device: str) -> None:
     stores = empty_stores("tq4", "f16", head_dim, slots=16, block_size=8, tail_slots=8, device=device)
