@@ -33,8 +33,9 @@ FIRST = 400  # of them, stored by the first of two calls
 SLOTS, TAIL_SLOTS = 640, 40
 # Float32 rounds a number by at most half of this: what may come on top where plain PyTorch happens to round nothing.
 ROUNDING = 2.0**-23
-# CUDA's kernel for queries of 16 bits rounds them, once they are rotated, and the weights to half precision.
-HALF_QUERIES = 2.0**-11
+# By how much queries of 16 bits, once they are rotated, and their weights are rounded on top of that: to half precision
+# on CUDA; on the CPU, with AVX-512, to steps of 2^-15 of the largest.
+ROUNDING_OF_QUERIES = {"cuda": 2.0**-11, "cpu": 2.0**-16}
 # What two encoders lose differs by less: a number on a threshold, or rounded to half, may fall to the other side.
 STORED = 2.0**-10
 
@@ -245,7 +246,9 @@ def compare_attention(
     probe: Probe, got: tuple[Tensor, Tensor], q: Tensor, stores: list[Any], held: tuple[int, ...], **options: Any
 ) -> None:
     plain = reference.attend(q, *stores, *held, **options)
-    rounding = HALF_QUERIES if probe.device.startswith("cuda") and q.dtype != torch.float32 else ROUNDING
+    rounding = ROUNDING
+    if q.dtype != torch.float32:
+        rounding = ROUNDING_OF_QUERIES.get(torch.device(probe.device).type, ROUNDING)
     for x, y, z in zip(got, plain, attend_exactly(q, stores, held, **options), strict=True):
         probe.compare(x, y, z, rounding)
 
