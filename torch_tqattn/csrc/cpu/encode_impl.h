@@ -8,7 +8,8 @@
 template <int kHeadDim, bool kSaturate, typename In, typename Out>
 bool rotate_rows(const In* in, int64_t stride, int64_t rows, Out* out) {
   // Rows of one head are often a page apart. The processor does not see them coming, and they share so few of the first
-  // cache's sets that they would push each other out of it.
+  // cache's sets that they would push each other out of it. What is behind the last one is the next block's, or
+  // nothing, which a prefetch may name as well.
   constexpr int64_t kAhead = 16, kIntoSecondCache = 2;
   const float factor = 1.0f / std::sqrt(static_cast<float>(kHeadDim));
   constexpr int kSums = 4;  // that need not wait for each other
