@@ -6,7 +6,8 @@ Each contestant is captured in a CUDA graph that goes through enough caches that
 comes again; the graphs take turns. Times are microseconds a call: the attention and the merging of its parts. "limit"
 is the time of its bytes, codes, norms and means, at the speed at which this machine reads a large tensor in the same
 run; "share" is how much of the time that is. A "step" stores a token and attends; a "coding step" also codes the block
-that was full before it.
+that was full before it. Calls follow each other, and one starts while the one before it ends; "apart" is a call that
+follows another library's kernel, less the time of that kernel.
 """
 
 import argparse
@@ -103,6 +104,19 @@ def step_call(case: Case, caches: list[tq.KVCache], codes_a_block: bool) -> Call
     return call
 
 
+def apart(call: Call, copies: int, rounds: int) -> float:
+    """Microseconds that a call adds to a small kernel of PyTorch, which does not let it start early."""
+    x, count = torch.zeros(4096, device="cuda"), max(copies, 8) // copies * copies
+
+    def both(i: int) -> None:
+        x.add_(1)
+        call(i)
+
+    calls: dict[str, Call] = {"both": both, "other": lambda _: x.add_(1)}
+    times = times_of({name: (graph_of(each, copies, count), count) for name, each in calls.items()}, rounds)
+    return times["both"] - times["other"]
+
+
 def read_speed() -> float:
     """Bytes a second at which a large tensor is added up."""
     x = torch.ones(1 << 30, device="cuda", dtype=torch.float32)
@@ -110,7 +124,7 @@ def read_speed() -> float:
     return x.numel() * 4 / times_of({"": (graph, 3)}, 5)[""] * 1e6
 
 
-def measure(case: Case, formats: list[str], speed: float, rounds: int, with_step: bool) -> list[Row]:
+def measure(case: Case, formats: list[str], speed: float, rounds: int, with_step: bool, with_apart: bool) -> list[Row]:
     """A row for the fastest form of SDPA and for each pair of formats."""
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     rows: list[Row] = []
@@ -121,25 +135,33 @@ def measure(case: Case, formats: list[str], speed: float, rounds: int, with_step
 
     def add(name: str, microseconds: float, nbytes: float, **more: Any) -> None:
         limit = nbytes / speed * 1e6
-        baseline = rows[0]["us"] if rows else microseconds
+        same = [row["us"] for row in rows if row["name"].endswith("apart") == name.endswith("apart")]
+        baseline = same[0] if same else microseconds
         row = {**asdict(case), "name": name, "us": microseconds, "bytes": nbytes, "limit_us": limit, **more}
         rows.append({**row, "ratio": baseline / microseconds, "share": limit / microseconds})
 
     dense = bytes_read(case, "f16/f16")
     copies = max(2, int(2.5 * l2 / dense) + 1)
-    found = run(sdpa_calls(case, copies), copies)
+    calls = sdpa_calls(case, copies)
+    found = run(calls, copies)
     best = min(found, key=lambda name: found[name])
     add(SDPA, found[best], dense, form=best)
+    if with_apart:
+        add(f"{SDPA} apart", apart(calls[best], copies, rounds), dense)
+    del calls
     for pair in formats:
         nbytes = bytes_read(case, pair)
         copies = max(2, int(2.5 * l2 / nbytes) + 1)
         caches = filled_caches(case, pair, copies, "cuda", torch.float16)
-        add(pair, run({"": attention_call(case, caches)}, copies)[""], nbytes)
+        call = attention_call(case, caches)
+        add(pair, run({"": call}, copies)[""], nbytes)
+        if with_apart:
+            add(f"{pair} apart", apart(call, copies, rounds), nbytes)
         if with_step and not all(name == "f16" for name in pair.split("/")):
             for name, tokens in (("step", case.context - 1), ("coding step", case.context)):
                 steps = filled_caches(replace(case, context=tokens), pair, copies, "cuda", torch.float16)
                 add(f"{pair} {name}", run({"": step_call(case, steps, tokens == case.context)}, copies)[""], nbytes)
-        del caches
+        del caches, call
         torch.cuda.empty_cache()
     return rows
 
@@ -166,8 +188,8 @@ def main() -> None:
     rows: list[Row] = []
     for case in cases:
         print(f"\n{case}\n{'':20}{'µs':>9}{'SDPA / it':>11}{'limit µs':>10}{'share':>8}{'MiB':>9}")
-        is_short = case.context == 1024
-        for row in measure(case, list(arguments.formats), speed, arguments.rounds, is_short):
+        with_step, with_apart = case.context == 1024, case.batch == 1 and case.context in (1024, 32768)
+        for row in measure(case, list(arguments.formats), speed, arguments.rounds, with_step, with_apart):
             form = f"  {row['form']}" if "form" in row else ""
             print(
                 f"{row['name']:20}{row['us']:9.1f}{row['ratio']:11.2f}{row['limit_us']:10.1f}{row['share']:8.0%}"
@@ -180,7 +202,7 @@ def main() -> None:
         write_json(arguments.json, rows, device=device, torch=torch.__version__, read_speed=speed)
     if arguments.plot:
         same = [row for row in rows if (row["batch"], row["q_len"], row["heads"], row["kv_heads"]) == (1, 1, 32, 8)]
-        plot([row for row in same if not row["name"].endswith("step")], arguments.plot, emphasised=SDPA)
+        plot([row for row in same if not row["name"].endswith(("step", "apart"))], arguments.plot, emphasised=SDPA)
 
 
 if __name__ == "__main__":

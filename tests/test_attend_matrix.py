@@ -90,10 +90,12 @@ def attend_matrix(
     params += np.array(ends, np.uint32).tobytes() + np.array(factors, np.float32).tobytes()
     slots = sides[0].codes.shape[2]
     mean_ring = slots // config.block if config.block else 1
+    shift = config.block.bit_length() - 1 if config.block & (config.block - 1) == 0 and config.block else 0
     tiles = -(-rows // queries)
     params += np.array(
-        (heads // config.num_kv_heads, tiles, cache._begin(tokens) % slots, mean_ring), np.uint32
+        (heads // config.num_kv_heads, tiles, cache._begin(tokens) % slots, mean_ring, shift), np.uint32
     ).tobytes()
+    params += np.array([1 / (splits * simdgroups)], np.float32).tobytes()
     partials = torch.full((batch * heads * tokens * splits * (head_dim + 2),), math.nan)
     nothing = np.zeros(16, np.uint8)
     buffers: list[Any] = [q.contiguous()]

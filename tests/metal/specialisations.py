@@ -51,7 +51,7 @@ def specialisations(shader: str) -> list[Macros]:
         "attend_matrix.metal": matrices,
         "attend.metal": _with(_with(_stores(), "TQ_INPUT", INPUTS), "TQ_QUERIES", QUERIES),
         "decode.metal": _stores(),
-        "encode.metal": _with(_stores(), "TQ_INPUT", INPUTS),
+        "encode.metal": _with(_with(_stores(), "TQ_INPUT", INPUTS), "TQ_WIDE", (1, 0)),
         "reduce.metal": _with([{**d, "TQ_OUTPUT": t} for d, t in product(head_dims, INPUTS)], "TQ_WIDE", (1, 0)),
         "rotate.metal": [{**d, "TQ_INPUT": t} for d, t in product(head_dims, INPUTS)],
     }

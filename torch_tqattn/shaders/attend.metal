@@ -212,9 +212,9 @@ kernel void tq_attend(device const TQ_INPUT* q [[buffer(0)]], device const uchar
   const ulong store = ulong(batch) * params.num_kv_heads + kv_head;
   const uint tail_rows = params.sink_length + params.tail_slots;
   const TqStore k = tq_store_of_head<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH>(k_codes, k_norms, k_means, k_tail, store,
-                                                                     params.slots, params.block_size, tail_rows);
+                                                                     params.slots, params.mean_ring, tail_rows);
   const TqStore v = tq_store_of_head<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH>(v_codes, v_norms, v_means, v_tail, store,
-                                                                     params.slots, params.block_size, tail_rows);
+                                                                     params.slots, params.mean_ring, tail_rows);
 
   // This simdgroup's share.
   const int parts = int(params.splits * simdgroups), part = int(group.x * simdgroups + simdgroup);

@@ -424,9 +424,10 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
     constant TqFinishParams& finish [[buffer(17)]], threadgroup uint* memory [[threadgroup(0)]],
     uint3 group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
-  const float k_level = tq_level_for_table<(TQ_K_BITS)>(lane), v_level = tq_level_for_table<(TQ_V_BITS)>(lane);
-  const uint signs = tq_signs(lane);
   // What comes before the queries are read takes nothing from other kernels, and need not wait for them.
+  const float k_level = tq_level_for_table<(TQ_K_BITS)>(lane, 4 * simdgroup, simdgroups);
+  const float v_level = tq_level_for_table<(TQ_V_BITS)>(lane, 4 * simdgroup, simdgroups);
+  const uint signs = tq_signs(lane);
   if (params.has_starts != 0 || params.has_lengths != 0) tq_wait_for_earlier_kernels();
   const uint heads_per_kv = params.heads_per_kv, rows = params.q_len * heads_per_kv;
   const uint batch = group.z, kv_head = params.query_tiles > 1 ? group.y / params.query_tiles : group.y;
@@ -454,11 +455,12 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   work.first_tile = work.sinks_end / TQ_TILE;
   const int tiles = (end + TQ_TILE - 1) / TQ_TILE - work.first_tile;
   work.coded = TQ_TAIL ? clamp(int(params.coded) / TQ_TILE - work.first_tile, 0, tiles) : tiles;
-  const int parts = int(params.splits * simdgroups), part = int(group.x * simdgroups + simdgroup);
-  const int units = work.sinks + 2 * tiles - work.coded, share = units / parts, more = units - share * parts;
-  // Every so often one has a unit more, so that no threadgroup has much more than others.
-  const int from = tq_begin_of_unit(work, part * share + part * more / parts);
-  const int to = tq_begin_of_unit(work, (part + 1) * share + (part + 1) * more / parts);
+  // Every so often one has a unit more, so that no threadgroup has much more than others. Divisions take too long.
+  const int units = work.sinks + 2 * tiles - work.coded, part = int(group.x * simdgroups + simdgroup);
+  const float share = float(units) * params.part;
+  const bool is_last = part + 1 == int(params.splits * simdgroups);
+  const int from = tq_begin_of_unit(work, int(float(part) * share + 0.5f));
+  const int to = tq_begin_of_unit(work, is_last ? units : int(float(part + 1) * share + 0.5f));
   // The first tokens, what has been coded, and the newest tokens.
   const int coded_begin = TQ_TAIL ? clamp(first + int(params.sink_length), from, to) : from;
   const int coded_end = TQ_TAIL ? clamp(int(params.coded), coded_begin, to) : to;
@@ -466,9 +468,9 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   const ulong store = ulong(batch) * params.num_kv_heads + kv_head;
   const uint tail_rows = params.sink_length + params.tail_slots;
   const TqStore k = tq_store_of_head<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH>(k_codes, k_norms, k_means, k_tail, store,
-                                                                     params.slots, params.block_size, tail_rows);
+                                                                     params.slots, params.mean_ring, tail_rows);
   const TqStore v = tq_store_of_head<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH>(v_codes, v_norms, v_means, v_tail, store,
-                                                                     params.slots, params.block_size, tail_rows);
+                                                                     params.slots, params.mean_ring, tail_rows);
   const bool has_means = TQ_K_MEANS || TQ_V_MEANS;
   const int block_size = has_means ? int(params.block_size) : TQ_NO_BLOCK;
   TqRows<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH, TQ_WHOLE> k_rows;
@@ -489,9 +491,21 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
     uint slot = params.first_slot + uint(coded_begin - int(params.start));
     if (slot >= params.slots) slot %= params.slots;
     const uint before = TQ_WHOLE ? slot % TQ_TILE : 0;  // in the first tile
-    means.first = slot / uint(block_size);
+    if (has_means) means.first = params.block_shift != 0 ? slot >> params.block_shift : slot / uint(block_size);
     means.first_end = coded_begin - int(slot - means.first * uint(block_size)) + block_size;
     tile = tq_tile<TQ_WHOLE>(coded_begin - int(before), min(coded_end, means.first_end), slot - before, params.slots);
+  }
+  uint query = simdgroup * TQ_SIMD_ROWS + lane / TQ_ROW_LANES;
+  device const TQ_INPUT* query_row = q + tq_query(params, batch, kv_head, first_row + query) * TQ_HEAD_DIM;
+  // Memory has little to do while the call before merges its parts in a kernel of its own.
+  if (TQ_WHOLE && finish.is_finished == 0) {
+    if (simdgroup * TQ_SIMD_ROWS < TQ_QUERIES && tq_is_used(lane)) {
+      tq_fetch<true>(tq_bytes(query_row + tq_place(lane) * TQ_LANE_DIMS));
+    }
+    if (coded_begin < coded_end) {
+      tq_fetch_tile<true>(k_rows, tile, lane);
+      tq_fetch_tile<true>(v_rows, tile, lane);
+    }
   }
   if (TQ_K_BITS != 16) tq_make_table<(TQ_K_BITS)>(lane, simdgroup, simdgroups, k_level, memory);
   if (TQ_V_BITS != 16 && TQ_V_BITS != TQ_K_BITS) {
@@ -505,16 +519,13 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   tq_wait_for_earlier_kernels();
 
   // Queries come first, because all of the threadgroup waits for them; then what comes before anything else.
-  uint query = simdgroup * TQ_SIMD_ROWS + lane / TQ_ROW_LANES;
   uint words[TQ_LANE_DIMS / 2];
-  if (simdgroup * TQ_SIMD_ROWS < TQ_QUERIES) {
-    tq_load_words(q + tq_query(params, batch, kv_head, first_row + query) * TQ_HEAD_DIM, lane, words);
-  }
+  if (simdgroup * TQ_SIMD_ROWS < TQ_QUERIES) tq_load_words(query_row, lane, words);
   if (coded_begin < coded_end) {
     if (TQ_K_MEANS) tq_fetch_mean(means.k + means.first * TQ_HEAD_DIM, lane);
     if (TQ_V_MEANS) tq_fetch_mean(means.v + means.first * TQ_HEAD_DIM, lane);
-    if (!TQ_IS_STAGED(TQ_K_BITS, TQ_WHOLE)) tq_fetch_tile(k_rows, tile, lane);
-    if (!TQ_IS_STAGED(TQ_V_BITS, TQ_WHOLE)) tq_fetch_tile(v_rows, tile, lane);
+    if (!TQ_IS_STAGED(TQ_K_BITS, TQ_WHOLE)) tq_fetch_tile<false>(k_rows, tile, lane);
+    if (!TQ_IS_STAGED(TQ_V_BITS, TQ_WHOLE)) tq_fetch_tile<false>(v_rows, tile, lane);
     stage.next = tile.begin;
     stage.row = tile.row;
     if (TQ_STAGED) tq_ask_for_tile(k_rows, v_rows, coded_end, lane, stage);
@@ -522,16 +533,17 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
 
   if (TQ_TAIL) {
     if (from < coded_begin) {
-      tq_fetch_rows<2 * TQ_HEAD_DIM>(tq_bytes(k.tail), uint(from - first) * (2 * TQ_HEAD_DIM), lane);
-      tq_fetch_rows<2 * TQ_HEAD_DIM>(tq_bytes(v.tail), uint(from - first) * (2 * TQ_HEAD_DIM), lane);
+      tq_fetch_rows<2 * TQ_HEAD_DIM, false>(tq_bytes(k.tail), uint(from - first) * (2 * TQ_HEAD_DIM), lane);
+      tq_fetch_rows<2 * TQ_HEAD_DIM, false>(tq_bytes(v.tail), uint(from - first) * (2 * TQ_HEAD_DIM), lane);
     }
     if (coded_end < to) {
       const uint row = params.sink_length + uint(coded_end) % params.tail_slots;
-      tq_fetch_rows<2 * TQ_HEAD_DIM>(tq_bytes(k.tail), row * (2 * TQ_HEAD_DIM), lane);
-      tq_fetch_rows<2 * TQ_HEAD_DIM>(tq_bytes(v.tail), row * (2 * TQ_HEAD_DIM), lane);
+      tq_fetch_rows<2 * TQ_HEAD_DIM, false>(tq_bytes(k.tail), row * (2 * TQ_HEAD_DIM), lane);
+      tq_fetch_rows<2 * TQ_HEAD_DIM, false>(tq_bytes(v.tail), row * (2 * TQ_HEAD_DIM), lane);
     }
   }
 
+#pragma unroll 1
   for (uint r = simdgroup * TQ_SIMD_ROWS; r < TQ_QUERIES; r += simdgroups * TQ_SIMD_ROWS) {
     TqRow numbers;
     tq_numbers_of_words(TQ_INPUT(), lane, words, numbers);

@@ -49,14 +49,15 @@ kernel void tq_decode(device const uchar* k_codes [[buffer(0)]], device const fl
   const int position = int(params.start + (is_there ? row_index : 0));
   const int first = params.has_starts != 0 ? max(starts[group.y / params.num_kv_heads], 0) : 0;
   const uint tail_rows = params.sink_length + params.tail_slots;
+  const uint mean_ring = params.block_size != 0 ? params.slots / params.block_size : 1;
   TqRow row;
   if (is_k) {
     const TqStore store = tq_store_of_head<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH>(k_codes, k_norms, k_means, k_tail, group.y,
-                                                                           params.slots, params.block_size, tail_rows);
+                                                                           params.slots, mean_ring, tail_rows);
     tq_decode_row<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH, TQ_K_MEANS>(store, params, position, first, lane, row);
   } else {
     const TqStore store = tq_store_of_head<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH>(v_codes, v_norms, v_means, v_tail, group.y,
-                                                                           params.slots, params.block_size, tail_rows);
+                                                                           params.slots, mean_ring, tail_rows);
     tq_decode_row<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH, TQ_V_MEANS>(store, params, position, first, lane, row);
   }
   if (position < first || !tq_is_used(lane)) tq_clear(row);

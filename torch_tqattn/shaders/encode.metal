@@ -3,7 +3,7 @@
 //
 // Specialised by: TQ_HEAD_DIM, TQ_INPUT, TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH, TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH (16, 16, 0 for
 // half-precision rows), TQ_K_MEANS, TQ_V_MEANS, TQ_TAIL (whether there are block means, and a dense tail),
-// TQ_EXACT_LEVELS.
+// TQ_EXACT_LEVELS, TQ_WIDE (whether the dense tails begin at a multiple of 16 bytes).
 #include <metal_stdlib>
 using namespace metal;
 
@@ -11,6 +11,7 @@ using namespace metal;
 #include "order.h"
 #include "params.h"
 #include "store.h"
+#include "words.h"
 
 #define TQ_AT_ONCE \
   (TQ_LANE_DIMS < 4 ? 8 : 32 / int(TQ_LANE_DIMS))  // rows of the tail that a lane reads before it adds them to a mean
@@ -27,6 +28,17 @@ struct TqTarget {
   uint signs;  // tq_signs
 };
 
+// A row of the tail.
+static inline void tq_load_kept(device const half* row, uint lane, thread TqRow& out) {
+#if TQ_WIDE
+  uint words[TQ_LANE_DIMS / 2];
+  tq_load_words(row, lane, words);
+  tq_numbers_of_words(half(), lane, words, out);
+#else
+  tq_load(row, lane, out);
+#endif
+}
+
 // The rotated row of a position that has not been coded; half precision if it goes through the tail. All lanes of the
 // simdgroup call it together.
 static inline void tq_fetch(int position, thread const TqTarget& target, constant TqEncodeParams& params, uint lane,
@@ -38,9 +50,10 @@ static inline void tq_fetch(int position, thread const TqTarget& target, constan
     tq_clear(row);
   }
   if (simd_any(is_new)) tq_rotate(lane, target.signs, row);
-  if (!is_new && TQ_TAIL)
-    tq_load(target.tail + tq_tail_row(position, target.first, params.sink_length, params.tail_slots) * TQ_HEAD_DIM,
-            lane, row);
+  if (!is_new && TQ_TAIL) {
+    const uint at = tq_tail_row(position, target.first, params.sink_length, params.tail_slots);
+    tq_load_kept(target.tail + at * TQ_HEAD_DIM, lane, row);
+  }
   if (is_new && TQ_TAIL && params.block_size != 0) {
 #pragma unroll
     for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] = float(half(tq_saturated(row.x[i])));
@@ -86,7 +99,7 @@ static inline void tq_block_mean(int begin, int end, thread const TqTarget& targ
     for (int i = 0; i < TQ_AT_ONCE; ++i) {
       while (next >= params.tail_slots) next -= params.tail_slots;
       const uint row = position + i * stride < new_begin ? next : nearest;
-      tq_load(target.tail + (params.sink_length + row) * TQ_HEAD_DIM, lane, rows[i]);
+      tq_load_kept(target.tail + (params.sink_length + row) * TQ_HEAD_DIM, lane, rows[i]);
       next += uint(stride);
     }
 #pragma unroll

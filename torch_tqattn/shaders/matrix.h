@@ -7,6 +7,7 @@
 
 #include "codes.h"
 #include "params.h"
+#include "words.h"
 
 #define TQ_COLUMNS 8u
 #define TQ_SHARES 4u
@@ -17,10 +18,6 @@ static inline uint tq_share(uint lane) { return lane % TQ_SHARES; }
 // Two numbers of half precision, the first in the lower bits.
 static inline uint tq_pack(float first, float second) {
   return uint(as_type<ushort>(half(first))) | uint(as_type<ushort>(half(second))) << 16;
-}
-
-static inline float tq_unpack(uint pair, uint which) {
-  return float(as_type<half>(ushort(which == 0 ? pair & 0xFFFFu : pair >> 16)));
 }
 
 // The power of 2 that x >= 0 is 1 to 2 times of, or 1 for 0.
@@ -84,77 +81,31 @@ struct TqPiece {
   uint high_words[TQ_WORDS(high, chunk, chunks)];
 };
 
-template <typename T>
-static inline device const uchar* tq_bytes(device const T* numbers) {
-  return reinterpret_cast<device const uchar*>(numbers);
-}
-
-// Where rows are read from: memory of the device, or of the threadgroup.
-struct TqFar {
-  device const uchar* bytes;
-  template <typename T>
-  T get(uint offset) const {
-    return *reinterpret_cast<device const T*>(bytes + offset);
-  }
-};
-struct TqNear {
-  threadgroup const uchar* bytes;
-  template <typename T>
-  T get(uint offset) const {
-    return *reinterpret_cast<threadgroup const T*>(bytes + offset);
-  }
-};
-
-template <typename T>
-static inline TqFar tq_far(device const T* numbers) {
-  TqFar rows;
-  rows.bytes = tq_bytes(numbers);
-  return rows;
-}
-
-template <uint bytes, typename Bytes>
-static inline void tq_read(thread const Bytes& row, uint offset, thread uint* words) {
-  if (bytes >= 16) {
-#pragma unroll
-    for (uint i = 0; i < bytes / 16; ++i) {
-      const uint4 four = row.template get<uint4>(offset + 16 * i);
-      words[4 * i] = four.x;
-      words[4 * i + 1] = four.y;
-      words[4 * i + 2] = four.z;
-      words[4 * i + 3] = four.w;
-    }
-  } else if (bytes == 8) {
-    const uint2 two = row.template get<uint2>(offset);
-    words[0] = two.x;
-    words[1] = two.y;
-  } else if (bytes == 4) {
-    words[0] = row.template get<uint>(offset);
-  } else if (bytes == 2) {
-    words[0] = row.template get<ushort>(offset);
-  } else {
-    words[0] = row.template get<uchar>(offset);
-  }
-}
-
-// Has the 32 bytes at a place fetched into the first cache.
+// Has the 32 bytes at a place fetched into the first cache, or into the second one, which all processors share: there
+// they may be before earlier kernels have ended, as what these still write is seen there.
+template <bool is_shared>
 static inline void tq_fetch(device const uchar* bytes) {
 #ifdef __CUDA_ARCH__
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(bytes));
+  if (is_shared) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(bytes));
+  } else {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(bytes));
+  }
 #endif
 }
 
 // Has a mean fetched, so that it is near when it is read.
 static inline void tq_fetch_mean(device const half* mean, uint lane) {
-  if (lane < TQ_HEAD_DIM / 16) tq_fetch(tq_bytes(mean + 16 * lane));
+  if (lane < TQ_HEAD_DIM / 16) tq_fetch<false>(tq_bytes(mean + 16 * lane));
 }
 
 // Has a tile of rows from byte `at` on fetched.
-template <uint row_bytes>
+template <uint row_bytes, bool is_shared>
 static inline void tq_fetch_rows(device const uchar* rows, uint at, uint lane) {
 #pragma unroll
   for (uint byte = 0; byte < 16 * row_bytes; byte += 32 * TQ_SIMD_LANES) {
     if (16 * row_bytes >= byte + 32 * TQ_SIMD_LANES || byte + 32 * lane < 16 * row_bytes) {
-      tq_fetch(rows + at + byte + 32 * lane);
+      tq_fetch<is_shared>(rows + at + byte + 32 * lane);
     }
   }
 }
@@ -207,25 +158,6 @@ static inline void tq_wait_for_bytes() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
   simdgroup_barrier(mem_flags::mem_threadgroup);
-}
-
-// This lane's part of a row of numbers of 16 bits, which begins at a multiple of 16 bytes.
-template <typename T>
-static inline void tq_load_words(device const T* row, uint lane, thread uint (&words)[TQ_LANE_DIMS / 2]) {
-  if (!tq_is_used(lane)) return;
-  tq_read<2 * TQ_LANE_DIMS>(tq_far(row + tq_place(lane) * TQ_LANE_DIMS), 0, words);
-}
-
-static inline float tq_number_of(half, uint pair, uint which) { return tq_unpack(pair, which); }
-static inline float tq_number_of(bfloat, uint pair, uint which) {
-  return as_type<float>(which == 0 ? pair << 16 : pair & 0xFFFF0000u);
-}
-
-template <typename T>
-static inline void tq_numbers_of_words(T type, uint lane, thread const uint (&words)[TQ_LANE_DIMS / 2],
-                                       thread TqRow& row) {
-#pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] = tq_is_used(lane) ? tq_number_of(type, words[i / 2], i % 2) : 0.0f;
 }
 
 // Of the row at byte `at + offset` of `rows`. The offset should be a constant: then it takes no instruction.
@@ -304,30 +236,33 @@ static inline TqEight tq_codes_of(thread const TqPiece<low, high, chunk, chunks>
 // an entry of K's table are followed by those of V's. Entry c is the level of code c, twice; or, for codes of at most 4
 // bits, the levels of codes c % 16 and c / 16.
 
-// What this lane needs to make a table, if codes have at most 4 bits.
+// The level that this lane keeps to make a table: all are asked for at once, and early. Of codes of at most 4 bits that
+// of code `lane`; else lanes have those of the next 8 times that their simdgroup writes four entries, from `four` on.
 template <uint bits>
-static inline float tq_level_for_table(uint lane) {
-  return bits <= 4 ? tq_level<(bits <= 4 ? bits : 4)>(lane % (1u << bits % 16)) : 0.0f;
+static inline float tq_level_for_table(uint lane, uint four, uint simdgroups) {
+  if (bits == 16) return 0.0f;
+  const uint entry = bits <= 4 ? lane : four + lane / 4 * 4 * simdgroups + lane % 4;
+  return tq_level<(bits == 16 ? 8 : bits)>(entry % (1u << bits % 16));
 }
 
-// A simdgroup writes four entries at a time, a lane four copies of one.
+// A simdgroup writes four entries at a time, a lane four copies of one. level: for the first 8 times.
 template <uint bits>
 static inline void tq_make_table(uint lane, uint simdgroup, uint simdgroups, float level, threadgroup uint* table) {
-#pragma unroll 8
-  for (uint four = 4 * simdgroup; four < TQ_TABLE_ENTRIES(bits); four += 4 * simdgroups) {
-    const uint entry = four + lane / 8;
-    float first, second;
-    if (bits <= 4) {
-      const uint codes = 1u << bits % 16;
-      first = simd_shuffle(level, ushort(entry % codes));
-      second = simd_shuffle(level, ushort(entry / 16 % codes));
-    } else {
-      first = second = tq_level<bits>(entry);
+  const uint codes = 1u << bits % 16, step = 4 * simdgroups;
+#pragma unroll 1
+  for (uint first_four = 4 * simdgroup; first_four < TQ_TABLE_ENTRIES(bits); first_four += 8 * step) {
+    if (bits > 4 && first_four >= step) level = tq_level_for_table<bits>(lane, first_four, simdgroups);
+#pragma unroll
+    for (uint i = 0; i < 8; ++i) {
+      const uint four = first_four + i * step, entry = four + lane / 8;
+      if (four >= TQ_TABLE_ENTRIES(bits)) continue;
+      const float first = simd_shuffle(level, ushort(bits <= 4 ? entry % codes : 4 * i + lane / 8));
+      const float second = bits <= 4 ? simd_shuffle(level, ushort(entry / 16 % codes)) : first;
+      const uint pair = tq_pack(first, second);
+      uint4 copies;
+      copies.x = copies.y = copies.z = copies.w = pair;
+      *reinterpret_cast<threadgroup uint4*>(table + entry * 2 * TQ_SIMD_LANES + lane % 8 * 4) = copies;
     }
-    const uint pair = tq_pack(first, second);
-    uint4 copies;
-    copies.x = copies.y = copies.z = copies.w = pair;
-    *reinterpret_cast<threadgroup uint4*>(table + entry * 2 * TQ_SIMD_LANES + lane % 8 * 4) = copies;
   }
 }
 

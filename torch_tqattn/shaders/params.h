@@ -39,6 +39,8 @@ struct TqAttendParams {
   uint32_t query_tiles;  // of TQ_QUERIES query rows of a KV head
   uint32_t first_slot;   // the slot of position `start`
   uint32_t mean_ring;    // rows of means; 1 if there are none
+  uint32_t block_shift;  // blocks have 2 to this power positions; 0 for other sizes
+  float part;            // 1 / (splits * simdgroups of a threadgroup)
 };
 
 // Threads of a threadgroup that codes, at most.

@@ -13,15 +13,15 @@ struct TqStore {
   device const half* tail;
 };
 
-// `head` is sequence * KV heads + KV head.
+// `head` is sequence * KV heads + KV head, mean_ring how many means it has.
 template <uint bits, uint low, uint high>
 static inline TqStore tq_store_of_head(device const uchar* codes, device const float* norms, device const half* means,
-                                       device const half* tail, ulong head, uint slots, uint block_size,
+                                       device const half* tail, ulong head, uint slots, uint mean_ring,
                                        uint tail_rows) {
   TqStore store;
   store.codes = codes + head * slots * TQ_SLOT_BYTES(bits, low, high);
   store.norms = norms + head * slots * TQ_NORM_GROUPS;
-  store.means = means + (block_size != 0 ? head * (slots / block_size) * TQ_HEAD_DIM : 0);
+  store.means = means + head * mean_ring * TQ_HEAD_DIM;
   store.tail = tail + head * tail_rows * TQ_HEAD_DIM;
   return store;
 }

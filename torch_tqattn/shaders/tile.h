@@ -217,9 +217,10 @@ static inline void tq_read_norms(thread const TqRows<bits, low, high, is_whole>&
 }
 
 // Has a tile's rows and norms fetched.
-template <uint bits, uint low, uint high, bool is_whole>
+template <bool is_shared, uint bits, uint low, uint high, bool is_whole>
 static inline void tq_fetch_tile(thread const TqRows<bits, low, high, is_whole>& side, thread const TqTile& tile,
                                  uint lane) {
-  tq_fetch_rows<TQ_SLOT_BYTES(bits, low, high)>(side.rows, tile.row * TQ_SLOT_BYTES(bits, low, high), lane);
-  if (bits != 16 && lane < 2) tq_fetch(tq_bytes(side.norms + tile.row + 8 * lane));
+  const uint bytes = TQ_SLOT_BYTES(bits, low, high);
+  tq_fetch_rows<bytes, is_shared>(side.rows, tile.row * bytes, lane);
+  if (bits != 16 && lane < 2) tq_fetch<is_shared>(tq_bytes(side.norms + tile.row + 8 * lane));
 }

@@ -51,6 +51,14 @@ uint32_t power_of_two_from(uint32_t count) {
   return power;
 }
 
+// n, if `count` is 2 to the power of n; else 0.
+uint32_t exact_log2(uint32_t count) {
+  for (uint32_t n = 1; n < 32; ++n) {
+    if (count == 1u << n) return n;
+  }
+  return 0;
+}
+
 // Rows that one simdgroup holds.
 uint32_t simd_rows(int64_t head_dim) {
   return kSimdLanes / power_of_two_from(static_cast<uint32_t>(head_dim) / kLaneNumbers);
@@ -231,6 +239,7 @@ std::vector<Launch> plan_encode(const EncodeCall& call, const Device& device) {
 
   Macros macros = store_macros(k.side, v.side, head_dim);
   macros.emplace_back("TQ_INPUT", shader_type(k_input.scalar_type()));
+  macros.emplace_back("TQ_WIDE", is_aligned(k.side.tail) && is_aligned(v.side.tail) ? "1" : "0");
   std::vector<Launch> launches;
   if (params.coded_end > params.coded_begin) {
     const uint32_t units = divide_up(params.coded_end - params.coded_begin, params.unit);
@@ -306,6 +315,8 @@ std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
   params.query_tiles = to_count(tiles, "threadgroups");
   params.first_slot = params.slots > 0 ? params.start % params.slots : 0;
   params.mean_ring = params.block_size > 0 ? params.slots / params.block_size : 1;
+  params.block_shift = exact_log2(params.block_size);
+  params.part = 1.0f / static_cast<float>(params.splits * simdgroups);
 
   const int64_t rows = batch * params.num_heads * params.q_len;
   const OptionalTensor sinks =
