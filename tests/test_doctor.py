@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from torch_tqattn import doctor
 from torch_tqattn import format as fmt
 from torch_tqattn.__main__ import main
+from torch_tqattn.doctor import command, machine, operators, seed_operators
 from torch_tqattn.ops import OPERATORS
 
 Operator = Callable[..., Any]
@@ -17,15 +17,15 @@ Operator = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def _few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "CASES", (doctor.FEATURES, doctor.Case(80, "f16", "tq3", block_size=0)))
-    monkeypatch.setattr(doctor, "SEED_HEAD_DIMS", (512,))
-    monkeypatch.setattr(doctor, "SEED_BITS", (4, 8))
+    monkeypatch.setattr(operators, "CASES", (operators.FEATURES, operators.Case(80, "f16", "tq3", block_size=0)))
+    monkeypatch.setattr(seed_operators, "HEAD_DIMS", (512,))
+    monkeypatch.setattr(seed_operators, "BITS", (4, 8))
 
 
 def report(capsys: pytest.CaptureFixture[str], *devices: str) -> tuple[int, str]:
     """Exit code and text."""
     try:
-        doctor.run(argparse.Namespace(device=list(devices)))
+        command.run(argparse.Namespace(device=list(devices)))
         code = 0
     except SystemExit as end:
         code = int(str(end.code))
@@ -34,20 +34,20 @@ def report(capsys: pytest.CaptureFixture[str], *devices: str) -> tuple[int, str]
 
 def replace_operator(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Operator], Operator]) -> None:
     """Let the doctor call another function instead of an operator."""
-    operators = argparse.Namespace(**{each: getattr(torch.ops.tqattn, each) for each in (*OPERATORS, "launch_policy")})
-    setattr(operators, name, change(getattr(operators, name)))
-    monkeypatch.setattr(doctor.torch.ops, "tqattn", operators)
+    replaced = argparse.Namespace(**{each: getattr(torch.ops.tqattn, each) for each in (*OPERATORS, "launch_policy")})
+    setattr(replaced, name, change(getattr(replaced, name)))
+    monkeypatch.setattr(torch.ops, "tqattn", replaced)
 
 
-def select(monkeypatch: pytest.MonkeyPatch, *operators: str) -> None:
+def select(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Let the doctor check these operators only."""
-    chosen = [check for check in doctor.checks() if check.name.split()[0] in operators]
-    monkeypatch.setattr(doctor, "checks", lambda: chosen)
+    chosen = [check for check in command.checks() if check.name.split()[0] in names]
+    monkeypatch.setattr(command, "checks", lambda: chosen)
 
 
 def test_every_operator_passes(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = report(capsys, device)
-    checks = doctor.checks()
+    checks = command.checks()
     assert (code, text.count("  ok\n")) == (0, len(checks)), text
     assert text.endswith(f"all {len(checks)} checks passed\n")
     assert {check.name.split()[0] for check in checks} == set(OPERATORS)
@@ -55,15 +55,17 @@ def test_every_operator_passes(device: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_every_format_and_head_dim_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert {case.k_format for case in doctor.CASES} == {case.v_format for case in doctor.CASES} == set(fmt.FORMATS)
-    assert {case.head_dim for case in doctor.CASES} == set(fmt.HEAD_DIMS)
+    assert (
+        {case.k_format for case in operators.CASES} == {case.v_format for case in operators.CASES} == set(fmt.FORMATS)
+    )
+    assert {case.head_dim for case in operators.CASES} == set(fmt.HEAD_DIMS)
 
 
 def test_the_command_describes_the_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["torch_tqattn", "doctor", "--device", "cpu"])
     monkeypatch.setenv("TQATTN_TQ_NWG", "8")
     monkeypatch.setenv("HF_TOKEN", "a secret")
-    monkeypatch.setattr(doctor, "checks", list)
+    monkeypatch.setattr(command, "checks", list)
     main()
     text = capsys.readouterr().out
     assert "secret" not in text
@@ -100,7 +102,7 @@ def test_wrong_results_are_seen(
     half = [line for line in lines if "attend" in line and "bfloat16" in line]  # rounds more than that
     assert code == 1
     assert len(wrong) >= len(lines) - len(half)
-    assert text.count("  ok\n") + text.count("  FAILED\n") == len(doctor.checks())
+    assert text.count("  ok\n") + text.count("  FAILED\n") == len(command.checks())
 
 
 def test_wrong_stores_are_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +114,7 @@ def test_wrong_stores_are_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
         return encode
 
-    monkeypatch.setattr(doctor, "CASES", (doctor.FEATURES,))
+    monkeypatch.setattr(operators, "CASES", (operators.FEATURES,))
     select(monkeypatch, "encode_kv_", "decode_kv")
     replace_operator(monkeypatch, "encode_kv_", change)
     code, text = report(capsys, "cpu")
@@ -137,8 +139,8 @@ def test_all_of_a_message_is_printed_and_other_checks_go_on(
         "    RuntimeError: cannot compile tq_attend\n    attend.metal:1:1: error: no\n    attend.metal:2:1: note: why\n"
     )
     failed = text.count(message)
-    assert failed == len([check for check in doctor.checks() if check.name.startswith("attend ")])
-    assert text.endswith(f"\n{failed} of {len(doctor.checks())} checks FAILED\n")
+    assert failed == len([check for check in command.checks() if check.name.startswith("attend ")])
+    assert text.endswith(f"\n{failed} of {len(command.checks())} checks FAILED\n")
 
 
 def test_a_wrong_type_or_shape_is_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,18 +155,18 @@ def test_a_device_that_is_not_here_has_failed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     select(monkeypatch, "rotate")
-    monkeypatch.setattr(doctor, "is_here", lambda device: device == "cpu")
+    monkeypatch.setattr(command, "is_here", lambda device: device == "cpu")
     code, text = report(capsys, "mps", "cpu")
     assert code == 1
     assert "mps: FAILED: there is no such device" in text
-    assert text.endswith(f"\n1 of {len(doctor.checks()) + 1} checks FAILED\n")
+    assert text.endswith(f"\n1 of {len(command.checks()) + 1} checks FAILED\n")
 
 
 def test_what_cannot_be_read_does_not_end_the_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     select(monkeypatch, "rotate")
-    monkeypatch.setattr(doctor, "processor", lambda: 1 / 0)
+    monkeypatch.setattr(machine, "processor", lambda: 1 / 0)
     code, text = report(capsys, "cpu")
     assert code == 0
     assert "unknown (ZeroDivisionError: division by zero)" in text

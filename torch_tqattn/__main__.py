@@ -2,7 +2,7 @@
 
 import argparse
 
-from . import doctor
+from .doctor import command as doctor
 from .fidelity import command, plan_command
 
 COMMANDS = {"doctor": doctor, "eval": command, "plan": plan_command}
