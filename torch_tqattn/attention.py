@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import format as fmt
-from .cache import CacheConfig, KVCache
+from .cache import KVCache
+from .cache_config import CacheConfig
 
 
 @overload

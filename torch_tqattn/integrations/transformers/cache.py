@@ -15,7 +15,8 @@ from transformers.cache_utils import (
 )
 
 from ... import format as fmt
-from ...cache import MAX_WINDOW_QUERIES, CacheConfig, KVCache
+from ...cache import KVCache
+from ...cache_config import MAX_WINDOW_QUERIES, CacheConfig
 from ...fidelity import Plan
 from .forward import Exact, Forward, Handle, Stepwise, Stored
 
