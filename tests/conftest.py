@@ -25,6 +25,8 @@ if os.environ.get("TQATTN_HOSTED_MPS"):  # a double of Metal and of torch's MPS 
 
 import torch_tqattn  # noqa: F401  (loads the operators)
 
+pytest.register_assert_rewrite("caches")  # its asserts say what they compared
+
 hypothesis.settings.register_profile("quick", max_examples=10, deadline=None)
 hypothesis.settings.register_profile("full", max_examples=100, deadline=None)
 hypothesis.settings.register_profile("deep", max_examples=1000, deadline=None)
