@@ -317,10 +317,20 @@ def test_moving_to_a_device_and_back(device: str) -> None:
     cache = tq.KVCache(2, 2, 64, 300, device=device, k_balance=balance)
     cache.append(*torch.randn(2, 2, 2, 200, 64, device=device), [0, 7])
     before = cache.dense()
-    cache.to("cpu")
+    assert cache.to("cpu") is cache
     assert cache.device == torch.device("cpu")
     assert all(torch.allclose(a.cpu(), b, atol=1e-5) for a, b in zip(before, cache.dense(), strict=True))
-    cache.to(device)
+    assert cache.to(torch.device(device)) is cache
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.dense(), strict=True))
+
+
+@pytest.mark.parametrize("other", [torch.float16, "half", None, torch.zeros(1)], ids=str)
+def test_moving_to_what_is_no_device(device: str, other: Any) -> None:
+    cache = tq.KVCache(2, 2, 64, 300, device=device)
+    cache.append(*torch.randn(2, 2, 2, 200, 64, device=device))
+    before = cache.dense()
+    with pytest.raises(ValueError, match='moved to a device, such as "cpu" or "mps", got'):
+        cache.to(other)
     assert all(torch.equal(a, b) for a, b in zip(before, cache.dense(), strict=True))
 
 

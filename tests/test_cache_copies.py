@@ -124,6 +124,13 @@ def test_state_of_another_version_or_shape_is_refused(device: str) -> None:
     before = cache.state_dict()
     tensors = before["tensors"]
     for state, message in (
+        ({}, "no version, config, counters, tensors: pass what KVCache.state_dict returned"),
+        ({**before, "config": {}}, "the state is of a cache with {}"),
+        ({**before, "config": {**before["config"], "colour": "red"}}, "red"),
+        (
+            {**before, "counters": {"length": 130}},
+            r"counters \['length'\], expected \['coded', 'first', 'length', 'stored'\]",
+        ),
         ({**before, "version": 99}, "version 99, supported is 1"),
         ({**before, "tensors": {**tensors, "k_tail": tensors["k_tail"][:, :, :1]}}, "k_tail is"),
         ({**before, "tensors": {**tensors, "k_norms": tensors["k_norms"].half()}}, "k_norms is torch.float16"),

@@ -93,3 +93,21 @@ def test_queries_older_than_what_is_left_are_refused(device: str) -> None:
     with pytest.raises(ValueError, match="q has 4 tokens but the cache holds 3"):
         tq.attention(q, cache)
     assert_attention_is_exact(q[:, :, 1:], cache, *cache.dense())
+
+
+@pytest.mark.parametrize("length", [2.0, "2", None, torch.tensor(2.5)], ids=str)
+def test_length_that_is_no_integer(device: str, length: Any) -> None:
+    cache = filled(*random_kv(device, 1, 1, 5, 64))
+    before = cache.state_dict()
+    with pytest.raises(ValueError, match="length must be an integer from -5 to 5, got"):
+        cache.crop(length)
+    assert same_state(cache.state_dict(), before)
+
+
+def test_length_is_kept_as_a_plain_number(device: str) -> None:
+    """A tensor that counts would otherwise be carried on in the cache's own counters, and into its files."""
+    cache = filled(*random_kv(device, 1, 1, 5, 64))
+    cache.crop(torch.tensor(4))
+    cache.crop(torch.tensor(-1))
+    assert cache.state_dict()["counters"]["length"] == 3
+    assert type(cache.state_dict()["counters"]["length"]) is int

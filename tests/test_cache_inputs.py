@@ -65,17 +65,17 @@ def _shape(*sizes: int) -> Tensor:
 
 BAD_INPUTS = {
     "three dimensions": (_shape(2, 4, 64), _shape(2, 4, 64), "must be \\[batch, kv_heads, tokens, head_dim\\]"),
-    "another batch": (_shape(1, 2, 4, 64), _shape(1, 2, 4, 64), "k must be \\[2, 2, tokens"),
-    "other heads": (_shape(2, 1, 4, 64), _shape(2, 1, 4, 64), "k must be \\[2, 2, tokens"),
-    "another supported head_dim": (_shape(2, 2, 4, 128), _shape(2, 2, 4, 128), "128"),
-    "an unsupported head_dim": (_shape(2, 2, 4, 65), _shape(2, 2, 4, 65), "head_dim 65; choose one of 64, 80"),
+    "another batch": (_shape(1, 2, 4, 64), _shape(1, 2, 4, 64), "k has a batch of 1, the cache has one of 2"),
+    "other heads": (_shape(2, 1, 4, 64), _shape(2, 1, 4, 64), "k has 1 heads, the cache has 2 KV heads"),
+    "another supported head_dim": (_shape(2, 2, 4, 128), _shape(2, 2, 4, 128), "k has head_dim 128, the cache has 64"),
+    "an unsupported head_dim": (_shape(2, 2, 4, 65), _shape(2, 2, 4, 65), "k has head_dim 65, the cache has 64"),
     "v shorter": (_shape(2, 2, 4, 64), _shape(2, 2, 3, 64), "same shape"),
     "v of another head_dim": (_shape(2, 2, 4, 64), _shape(2, 2, 4, 80), "same shape"),
     "v of three dimensions": (_shape(2, 2, 4, 64), _shape(2, 4, 64), "same shape"),
     "int": (_shape(2, 2, 4, 64).int(), _shape(2, 2, 4, 64), "k must be float32, float16 or bfloat16, got Int"),
     "float64": (_shape(2, 2, 4, 64), _shape(2, 2, 4, 64).double(), "v must be float32, .* got Double"),
     "bool": (_shape(2, 2, 4, 64) > 0, _shape(2, 2, 4, 64), "k must be float32"),
-    "another device": (_shape(2, 2, 4, 64).to("meta"), _shape(2, 2, 4, 64).to("meta"), "is on .* meta"),
+    "another device": (_shape(2, 2, 4, 64).to("meta"), _shape(2, 2, 4, 64).to("meta"), "k is on meta, the cache is on"),
     "v on another device": (_shape(2, 2, 4, 64), _shape(2, 2, 4, 64).to("meta"), "k is on .* and v on meta"),
 }
 
@@ -99,11 +99,15 @@ def test_keys_and_values_that_do_not_fit(device: str, case: str, balanced: bool)
 
 BAD_ATTENTION: dict[str, tuple[dict[str, Any], str]] = {
     "q of three dimensions": ({"q": _shape(2, 4, 64)}, "q must be \\[batch, heads, tokens, head_dim\\]"),
-    "q of another batch": ({"q": _shape(1, 4, 1, 64)}, "batch of 1 but the stores have 2"),
-    "heads that do not divide": ({"q": _shape(2, 3, 1, 64)}, "3 query heads must be divisible by the 2 KV heads"),
+    "q of another batch": ({"q": _shape(1, 4, 1, 64)}, "q has a batch of 1, the cache has one of 2"),
+    "q of another head_dim": ({"q": _shape(2, 4, 1, 128)}, "q has head_dim 128, the cache has 64"),
+    "heads that do not divide": (
+        {"q": _shape(2, 3, 1, 64)},
+        "q has 3 heads, the cache has 2 KV heads and needs a multiple",
+    ),
     "no heads": ({"q": _shape(2, 0, 1, 64)}, "at least one head"),
     "q of int": ({"q": _shape(2, 4, 1, 64).int()}, "q must be float32"),
-    "q on another device": ({"q": _shape(2, 4, 1, 64).to("meta")}, "is on .* meta"),
+    "q on another device": ({"q": _shape(2, 4, 1, 64).to("meta")}, "q is on meta, the cache is on"),
     "negative softcap": ({"softcap": -1.0}, "softcap must be 0"),
     "softcap NaN": ({"softcap": math.nan}, "softcap must be 0"),
     "infinite scale": ({"scale": math.inf}, "scale must be finite"),
@@ -122,11 +126,16 @@ BAD_ATTENTION: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD_ATTENTION)
 def test_attention_arguments_that_do_not_fit(device: str, case: str, balanced: bool) -> None:
     changes, message = BAD_ATTENTION[case]
-    cache = filled(*random_kv(device, 2, 2, 5, 64), k_balance=a_balance(2, 64, device) if balanced else None)
+    balance = a_balance(2, 64, device) if balanced else None
+    cache = filled(*random_kv(device, 2, 2, 5, 64), capacity=9, k_balance=balance)
     arguments = {"q": _shape(2, 4, 1, 64), **changes}
     arguments = {n: x.to(device) if isinstance(x, Tensor) and not x.is_meta else x for n, x in arguments.items()}
     with pytest.raises(ValueError, match=message):
         tq.attention(cache=cache, **arguments)
+    q = arguments["q"]
+    if case.startswith("q ") and q.dim() == 4:
+        with pytest.raises(ValueError, match=message):
+            cache.step(q, *random_kv(device, 2, 2, 1, 64))
 
 
 def test_gradients_are_refused(device: str) -> None:
@@ -219,6 +228,7 @@ def test_masks_and_sinks_of_any_layout(device: str) -> None:
 
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
+    ({"batch_size": True}, "batch_size must be a positive integer, got True"),
     ({"batch_size": 1.5}, "batch_size must be a positive integer, got 1.5"),
     ({"num_kv_heads": 0}, "num_kv_heads must be a positive integer, got 0"),
     ({"num_kv_heads": -2}, "num_kv_heads must be a positive integer, got -2"),
@@ -233,8 +243,10 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"v_format": 4}, "unknown storage format 4; choose one of f16"),
     ({"window": 0}, "window must be None .* or a positive integer, got 0"),
     ({"window": -1}, "window must be None .* or a positive integer, got -1"),
+    ({"window": True}, "window must be None .* or a positive integer, got True"),
     ({"window": 2.5}, "window must be None .* or a positive integer, got 2.5"),
     ({"block_size": -1}, "block_size must be a non-negative integer, got -1"),
+    ({"block_size": False}, "block_size must be a non-negative integer, got False"),
     ({"block_size": None}, "block_size must be a non-negative integer, got None"),
     ({"residual_length": -3}, "residual_length must be a non-negative integer, got -3"),
     ({"residual_length": 4, "block_size": 0}, "residual_length 4 needs blocks"),

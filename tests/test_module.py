@@ -1,14 +1,17 @@
 """TQAttention: the module that owns its cache."""
 
 import copy
-import io
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+import torch._dynamo.testing
+from caches import same_state
 from oracle import exact_attention, float32_bound, relative_error
 from torch import Tensor, nn
 
@@ -118,9 +121,6 @@ def test_balanced_keys(device: str) -> None:
     out = attention(q, k, v)
     cache = tq.KVCache(2, KV_HEADS, HEAD_DIM, 400, device=device, k_balance=balance)
     assert relative_error(out, one_by_one(q, k, v, cache)) <= 2 * float32_bound(200)
-    other = module()
-    other.load_state_dict(attention.state_dict())  # a state brings its balance along
-    assert torch.equal(other(q, k, v), attention(q, k, v))
     attention.reset()
     assert torch.equal(attention(q, k, v), out)
     assert not list(attention.parameters())
@@ -143,8 +143,9 @@ def bad_calls(device: str) -> dict[str, tuple[tuple[Tensor, Tensor, Tensor], dic
         "k shorter": ((q, k[:, :, :200], v[:, :, :200]), {}, "as many"),
         "v shorter": ((q, k, v[:, :, :299]), {}, "as many"),
         "k longer than whole parts": ((q[:, :, :256], k, v), {}, "as many"),
-        "other KV heads": ((q, k[:, :1], v[:, :1]), {}, "k must be"),
-        "another batch": ((q, k[:1], v[:1]), {}, "k must be"),
+        "other KV heads": ((q, k[:, :1], v[:, :1]), {}, "k has 1 heads, the cache has 2"),
+        "another head_dim": (tuple(x[..., :32] for x in (q, k, v)), {}, "q has head_dim 32, the cache has 64"),
+        "another batch": ((q, k[:1], v[:1]), {}, "k has a batch of 1, the cache has one of 2"),
         "int": ((q, k.int(), v), {}, "k must be float32"),
         "sinks of another size": ((q, k, v), {"sinks": q[0, 0, 0, :3]}, "sinks must be"),
         "mask of half the positions": (
@@ -175,22 +176,22 @@ def test_a_call_that_fails_leaves_everything_as_it_was(device: str, case: str, o
         attention(*arguments, **keywords)
     assert attention.cache is None
     attention(*tokens(device, 5))
-    state = copy.deepcopy(attention.state_dict())
+    before = state(attention)
     if "attn_mask" in keywords:
         mask = keywords["attn_mask"]
         keywords = {"attn_mask": torch.nn.functional.pad(mask, (5, 0), value=True)}
     with pytest.raises(ValueError, match=message):
         attention(*arguments, **keywords)
-    assert_same_state(attention.state_dict(), state)
+    assert same_state(state(attention), before)
 
 
 def test_a_prompt_beyond_the_capacity_is_refused_whole(device: str) -> None:
     attention = module(max_seq_len=310)
     attention(*tokens(device, 20))
-    state = copy.deepcopy(attention.state_dict())
+    before = state(attention)
     with pytest.raises(ValueError, match="291 more tokens do not fit"):
         attention(*tokens(device, 291))
-    assert_same_state(attention.state_dict(), state)
+    assert same_state(state(attention), before)
     attention(*tokens(device, 290))
 
 
@@ -202,15 +203,11 @@ def test_masks_of_a_long_windowed_prompt_are_refused(device: str) -> None:
     assert attention.cache is None
 
 
-def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        if isinstance(value, dict):
-            assert_same_state(value, b[name])
-        elif isinstance(value, Tensor):
-            assert torch.equal(value, b[name])
-        else:
-            assert value == b[name]
+def state(attention: nn.Module) -> dict[str, Any]:
+    """What the module's cache holds."""
+    assert isinstance(attention, tq.TQAttention)
+    assert attention.cache is not None
+    return attention.cache.state_dict()
 
 
 class Layers(nn.Module):
@@ -222,51 +219,85 @@ class Layers(nn.Module):
         return self.layers[1](self.layers[0](q, k, v), k, v)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 20}, {"block_size": 0}], ids=str)
-def test_state_dict_of_a_model(device: str, options: dict[str, Any]) -> None:
-    model, other = Layers(**options), Layers(**options)
-    model(*tokens(device, 140))
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    assert_same_state(other.state_dict(), model.state_dict())
+def test_a_cache_is_no_part_of_a_checkpoint(device: str, tmp_path: Path) -> None:
+    """Those of models made without this module load, before a call and after, and other tools can write them."""
+    model = nn.Sequential(nn.Linear(3, 3), Layers()).to(device)
+    for _ in range(2):
+        assert model.state_dict().keys() == {"0.weight", "0.bias"}
+        model.load_state_dict(nn.Sequential(nn.Linear(3, 3)).state_dict(), strict=True)
+        safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
+        safetensors.torch.load_model(model, str(tmp_path / "model.safetensors"))
+        model[1](*tokens(device, 140))
+    assert model[1].layers[0].cache is not None
+
+
+def test_a_saved_cache_goes_on_in_another_module(device: str, tmp_path: Path) -> None:
+    attention, other = module(), module()
+    attention(*tokens(device, 140))
+    assert attention.cache is not None
+    attention.cache.save(tmp_path / "cache")
+    other.cache = tq.KVCache.load(tmp_path / "cache", device)
     more = tokens(device, 3)
-    assert torch.equal(other(*more), model(*more))
+    assert torch.equal(other(*more), attention(*more))
 
 
-def test_state_dict_of_a_module_without_tokens(device: str) -> None:
-    attention = module()
-    attention(*tokens(device, 3))
-    attention.load_state_dict(module().state_dict())
-    assert attention.cache is None
+@pytest.mark.parametrize("balanced", [False, True])
+def test_moving_a_model_moves_its_caches(device: str, balanced: bool) -> None:
+    balance = torch.rand(KV_HEADS, HEAD_DIM) + 0.5 if balanced else None
+    model = Layers(k_balance=balance).to(device)
+    q, k, v = tokens(device, 140)
+    model(q, k, v)
+    states = [state(layer) for layer in model.layers]
+    for moved in (model.to("cpu"), model.cpu(), model.to(device), model.to(device, torch.float16)):
+        for layer, before in zip(moved.layers, states, strict=True):
+            now = state(layer)
+            assert now["tensors"].keys() == before["tensors"].keys()
+            for name, tensor in now["tensors"].items():
+                assert torch.equal(tensor.cpu(), before["tensors"][name].cpu()), name
+                assert tensor.dtype == before["tensors"][name].dtype
+    assert model.layers[0].cache is not None
+    assert model.layers[0].cache.device.type == device
+    model(*tokens(device, 1))
+    assert model.to("meta").layers[1].cache.device.type == "meta"
 
 
-def test_state_of_another_configuration_is_refused(device: str) -> None:
-    attention, other = module(), module(k_format="tq6")
-    attention(*tokens(device, 3))
-    other(*tokens(device, 3))
-    state = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=r"tq8.*tq6"):
-        other.load_state_dict(attention.state_dict())
-    assert_same_state(other.state_dict(), state)
+def test_types_of_a_model_are_not_those_of_its_caches(device: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), module(k_format="f16")).to(device)
+    model[1](*tokens(device, 140))
+    before = state(model[1])
+    for change in (model.half, model.double, model.bfloat16, lambda: model.type(torch.float64), model.share_memory):
+        change()
+        assert same_state(state(model[1]), before)
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 16}, {"window": 30}], ids=str)
+def test_a_compiled_module_is_one_graph_that_lengths_do_not_recompile(options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    model, other = Layers(**options), Layers(**options)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(70):
+        new = tokens("cpu", 1)
+        assert torch.equal(compiled(*new), other(*new))
+    # As for KVCache, and once more without a cache.
+    assert counter.frame_count <= 6
 
 
 def test_deepcopy_is_independent(device: str) -> None:
     model = Layers()
     model(*tokens(device, 140))
-    state = copy.deepcopy(model.state_dict())
+    states = [state(layer) for layer in model.layers]
     other = copy.deepcopy(model)
     more = tokens(device, 3)
     out = other(*more)
-    assert_same_state(model.state_dict(), state)
+    assert all(same_state(state(layer), before) for layer, before in zip(model.layers, states, strict=True))
     assert torch.equal(model(*more), out)
 
 
 def test_reset_takes_another_batch_size(device: str) -> None:
     attention = module()
     attention(*tokens(device, 3))
-    with pytest.raises(ValueError, match=r"k must be \[2, 2"):
+    with pytest.raises(ValueError, match="q has a batch of 5, the cache has one of 2"):
         attention(*tokens(device, 3, batch=5))
     attention.reset()
     assert attention.cache is None

@@ -1,7 +1,7 @@
 """Attention over a compressed cache: a function, and a module that owns its cache."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, overload
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import format as fmt
 from .cache import KVCache
-from .cache_config import CacheConfig
+from .cache_config import CacheConfig, is_integer
 
 
 @overload
@@ -73,6 +73,7 @@ def attention(
     """
     if q.dim() != 4:
         raise ValueError(f"q must be [batch, heads, tokens, head_dim], got shape {list(q.shape)}")
+    cache.check_queries(q)
     if causal and q.shape[2] > cache._length - cache._first:
         raise ValueError(
             f"q has {q.shape[2]} tokens but the cache holds {len(cache)}: queries belong to the cache's newest tokens, "
@@ -94,8 +95,11 @@ def attention(
 class TQAttention(nn.Module):
     """Causal attention that keeps its keys and values compressed; one for each layer of a model.
 
-    Rotation, cache and masking are inside: `forward` takes and returns ordinary tensors. The cache is allocated at the
-    first call, with that call's batch size and device.
+    Rotation, cache and masking are inside: `forward` takes and returns ordinary tensors. `cache` is None until the
+    first call, which allocates it with its batch size and device; `.to(device)` of the module moves it.
+
+    What the cache holds is no weight, so the module adds nothing to a model's state_dict. `attn.cache.save(path)` keeps
+    it, and `attn.cache = KVCache.load(path)` brings it back.
 
     Args:
         num_heads, num_kv_heads, head_dim: the layer's sizes.
@@ -142,7 +146,7 @@ class TQAttention(nn.Module):
             encode,
             sink_length,
         )
-        if not isinstance(num_heads, int) or num_heads < 1 or num_heads % num_kv_heads:
+        if not is_integer(num_heads) or num_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads {num_heads!r} must be a positive multiple of num_kv_heads {num_kv_heads}")
         if scale is not None and not math.isfinite(scale):
             raise ValueError(f"scale must be None (1 / sqrt(head_dim)) or finite, got {scale}")
@@ -181,6 +185,22 @@ class TQAttention(nn.Module):
         Raises:
             ValueError: shapes that do not fit, or no room left; then nothing is written.
         """
+        if torch.compiler.is_compiling():
+            # The numbers of anything that hangs on a module are constants to the compiler, and the cache's length would
+            # be compiled anew for each token. Within this call they are numbers like others.
+            with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
+                return self._forward(q, k, v, attn_mask, sinks, left_padding)
+        return self._forward(q, k, v, attn_mask, sinks, left_padding)
+
+    def _forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        sinks: Tensor | None,
+        left_padding: Tensor | Sequence[int] | None,
+    ) -> Tensor:
         if q.dim() != 4 or q.shape[1] != self.num_heads:
             raise ValueError(
                 f"q must be [batch, {self.num_heads}, tokens, {self._config.head_dim}], got shape {list(q.shape)}"
@@ -210,16 +230,13 @@ class TQAttention(nn.Module):
         c = self._config
         return f"{self.num_heads} heads on {c.num_kv_heads} of {c.head_dim}, {c.k_format}/{c.v_format}, {self.cache}"
 
-    def get_extra_state(self) -> dict[str, Any] | None:
-        return None if self.cache is None else self.cache.state_dict()
-
-    def set_extra_state(self, state: dict[str, Any] | None) -> None:
-        if state is None:
-            self.cache = None
-            return
-        cache = self._allocate(state["config"]["batch_size"], state["tensors"]["k_codes"].device)
-        cache.load_state_dict(state)
-        self.cache = cache
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TQAttention":
+        """What .to(), .cuda() and the like do with each tensor of a model. The cache moves along; its types stay."""
+        super()._apply(fn, recurse)
+        if self.cache is not None:
+            # A tensor of bytes shows where they go: dtypes are changed of floating-point tensors only.
+            self.cache.to(fn(torch.empty(0, dtype=torch.uint8, device=self.cache.device)).device)
+        return self
 
     def _in_parts(
         self,

@@ -1,6 +1,7 @@
 """KVCache: a TurboQuant-compressed key-value cache of one attention layer."""
 
 import copy
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -175,6 +176,7 @@ class KVCache:
         """
         if k.dim() != 4:
             raise ValueError(f"k must be [batch, kv_heads, tokens, head_dim], got shape {list(k.shape)}")
+        self.check_keys(k)
         starts = self._padding_starts(left_padding)
         coded_end = self._coded_end(k.shape[2])
         torch.ops.tqattn.encode_kv_(
@@ -212,6 +214,8 @@ class KVCache:
                 "q, k and v must be [batch, heads, tokens, head_dim] with as many tokens each, "
                 f"got shapes {list(q.shape)} and {list(k.shape)}"
             )
+        self.check_queries(q)
+        self.check_keys(k)
         starts = self._padding_starts(left_padding)
         tokens = k.shape[2]
         coded_end = self._coded_end(tokens)
@@ -282,9 +286,13 @@ class KVCache:
                 just left behind.
 
         Raises:
-            ValueError: more than the cache holds.
+            ValueError: more than the cache holds, or no integer.
         """
         held = len(self)
+        try:
+            length = operator.index(length)
+        except TypeError:
+            raise ValueError(f"length must be an integer from {-held} to {held}, got {length!r}") from None
         if length == 0:
             self.reset()
             return
@@ -328,13 +336,22 @@ class KVCache:
         self._take(index)
         self.config = CacheConfig(**{**asdict(self.config), "batch_size": len(index)})
 
-    def to(self, device: torch.device | str) -> None:
-        """Move all buffers to `device`."""
+    def to(self, device: torch.device | str) -> "KVCache":
+        """Move all buffers to `device`, and return the cache itself: it is moved and not copied.
+
+        Raises:
+            ValueError: `device` is something else, such as a dtype: the format says what type each buffer has.
+        """
+        try:
+            device = torch.device(device)
+        except (TypeError, RuntimeError):
+            raise ValueError(f'a cache is moved to a device, such as "cpu" or "mps", got {device!r}') from None
         for side in (self._k, self._v):
             for name, buffer in side.buffers().items():
                 setattr(side, name, buffer.to(device))
         self._starts = None if self._starts is None else self._starts.to(device)
         self.k_balance = None if self.k_balance is None else self.k_balance.to(device)
+        return self
 
     # Saving
 
@@ -360,11 +377,15 @@ class KVCache:
         """Take over what state_dict returned, from a cache of the same configuration on any device.
 
         Raises:
-            ValueError: another version or configuration, or tensors that do not fit it. The cache is left as it was.
+            ValueError: no such state, another version or configuration, or tensors that do not fit it. The cache is
+                left as it was.
         """
+        missing = [name for name in ("version", "config", "counters", "tensors") if name not in state]
+        if missing:
+            raise ValueError(f"the state has no {', '.join(missing)}: pass what KVCache.state_dict returned")
         if state["version"] != fmt.FORMAT_VERSION:
             raise ValueError(f"the state has format version {state['version']}, supported is {fmt.FORMAT_VERSION}")
-        if CacheConfig(**state["config"]) != self.config:
+        if state["config"] != asdict(self.config):
             raise ValueError(f"the state is of a cache with {state['config']}, but this one has {asdict(self.config)}")
         fresh = KVCache(**state["config"], device=self.device)
         fresh._fill(state)
@@ -393,6 +414,45 @@ class KVCache:
         return cache
 
     # Inside
+
+    # The operators compare their arguments with the stores. These do so first, in the words of who has a cache.
+
+    def check_queries(self, q: Tensor) -> None:
+        """ValueError if q, of four dimensions, is not of this cache's sizes or not on its device."""
+        batch, heads, _, head_dim = q.shape
+        c = self.config
+        if (
+            batch != c.batch_size
+            or heads % c.num_kv_heads
+            or head_dim != c.head_dim
+            or q.device != self._k.codes.device
+        ):
+            raise ValueError(self._misfit("q", q, heads % c.num_kv_heads == 0))
+
+    def check_keys(self, k: Tensor) -> None:
+        """ValueError if k, of four dimensions, is not of this cache's sizes or not on its device."""
+        batch, heads, _, head_dim = k.shape
+        c = self.config
+        if (
+            batch != c.batch_size
+            or heads != c.num_kv_heads
+            or head_dim != c.head_dim
+            or k.device != self._k.codes.device
+        ):
+            raise ValueError(self._misfit("k", k, heads == c.num_kv_heads))
+
+    def _misfit(self, name: str, x: Tensor, heads_fit: bool) -> str:
+        """What is wrong with x."""
+        batch, heads, _, head_dim = x.shape
+        c = self.config
+        if head_dim != c.head_dim:
+            return f"{name} has head_dim {head_dim}, the cache has {c.head_dim}; got shape {list(x.shape)}"
+        if not heads_fit:
+            wanted = "as many" if name == "k" else "a multiple of that"
+            return f"{name} has {heads} heads, the cache has {c.num_kv_heads} KV heads and needs {wanted}"
+        if batch != c.batch_size:
+            return f"{name} has a batch of {batch}, the cache has one of {c.batch_size}; `select` changes it"
+        return f"{name} is on {x.device}, the cache is on {self.device}; move either with .to(device)"
 
     def _view(self) -> "KVCache":
         """This cache as it is now, without a copy: to be read until this one is written again."""
@@ -578,10 +638,12 @@ class KVCache:
 
     def _fill(self, state: dict[str, Any]) -> None:
         """Take contents over into this new cache; ValueError if they do not fit it."""
-        counters = {name: state["counters"][name] for name in ("length", "coded", "stored", "first")}
-        self._length, self._coded = counters["length"], counters["coded"]
-        self._stored, self._first = counters["stored"], counters["first"]
-        if not all(isinstance(count, int) for count in counters.values()) or not self._counters_fit():
+        counters = state["counters"]
+        names = ("length", "coded", "stored", "first")
+        if not set(names) <= set(counters):
+            raise ValueError(f"it has counters {sorted(counters)}, expected {sorted(names)}")
+        self._length, self._coded, self._stored, self._first = (counters[name] for name in names)
+        if not all(isinstance(counters[name], int) for name in names) or not self._counters_fit():
             raise ValueError(f"the counters contradict each other or the configuration: {counters}")
         tensors = dict(state["tensors"])
         starts = tensors.pop("starts", None)

@@ -15,6 +15,11 @@ MAX_WINDOW_QUERIES = 128
 T = TypeVar("T")
 
 
+def is_integer(x: object) -> bool:
+    """Whether x is a number that counts; True and False, which Python takes for integers, are mistakes here."""
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
 class _Once(Generic[T]):
     """A property of an immutable object, worked out when it is first read.
 
@@ -53,16 +58,16 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_kv_heads", "capacity"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if not is_integer(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        if not isinstance(fmt.check_head_dim(self.head_dim), int):
+        if not is_integer(fmt.check_head_dim(self.head_dim)):
             raise ValueError(f"head_dim must be an integer, got {self.head_dim!r}")
         fmt.get_format(self.k_format)
         fmt.get_format(self.v_format)
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+        if self.window is not None and (not is_integer(self.window) or self.window < 1):
             raise ValueError(f"window must be None (all positions) or a positive integer, got {self.window!r}")
         for name in ("block_size", "residual_length", "sink_length"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+            if not is_integer(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a non-negative integer, got {getattr(self, name)!r}")
         if self.residual_length and not self.block_size:
             raise ValueError(

@@ -102,7 +102,13 @@ class TurboQuantLayer(CacheLayerMixin):
         cache = self.cache
         assert cache is not None
         config, needed = cache.config, cache._length + tokens
-        if not config.is_ring and needed > config.capacity and self.max_cache_len is None:
+        if not config.is_ring and needed > config.capacity:
+            if self.max_cache_len is not None:
+                raise ValueError(
+                    f"{tokens} more tokens do not fit: the cache holds {cache._length} of max_cache_len "
+                    f"{self.max_cache_len}; reset or crop it, or make a TurboQuantCache with a larger max_cache_len, "
+                    "or without one: its room then grows"
+                )
             capacity = max(needed, config.capacity + config.capacity // GROWTH)
             capacity = -(-capacity // ROOM_UNIT) * ROOM_UNIT
             if config.window is not None and capacity >= config.window:
