@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from transformers import CompileConfig, DynamicCache, PreTrainedModel
 
 import torch_tqattn as tq
+from torch_tqattn.integrations import transformers as integration
 from torch_tqattn.integrations.transformers import TurboQuantCache
 from torch_tqattn.integrations.transformers.attention import tqattn_attention
 from torch_tqattn.integrations.transformers.cache import TurboQuantLayer
@@ -704,3 +706,17 @@ def test_handles_look_like_tensors() -> None:
 def test_nothing_in_the_core_imports_transformers() -> None:
     code = "import sys, torch_tqattn; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_older_transformers_is_refused() -> None:
+    program = "import transformers\ntransformers.__version__ = '5.19.1'\nimport torch_tqattn.integrations.transformers"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    expected = 'needs transformers 5.20 or newer, found 5.19.1: pip install --upgrade "transformers>=5.20"'
+    assert done.stderr.splitlines()[-1].startswith("ImportError: ")
+    assert expected in done.stderr
+
+
+def test_the_version_that_is_required_is_the_one_that_pip_installs() -> None:
+    root = Path(__file__).parent.parent
+    assert f'transformers = ["transformers>={integration.REQUIRED}"]' in (root / "pyproject.toml").read_text()
+    assert f"transformers {integration.REQUIRED} or newer" in (root / "docs" / "transformers.md").read_text()

@@ -1,6 +1,8 @@
 """Loads the native library and gives devices without kernels the reference. docs/operators.md lists the operators."""
 
+import platform
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,25 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _load_library() -> None:
-    folder = Path(__file__).parent
-    libraries = sorted(folder.glob("_C*.so"))
-    if not libraries:
+def load_library(folder: Path) -> None:
+    """Load this Python's native library from `folder`; ImportError, with what to do, if there is none that fits."""
+    built = [folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
+    library = next((path for path in built if path.exists()), None)
+    if library is None:
+        others = ", ".join(sorted(path.name for path in folder.glob("_C*.so")))
         raise ImportError(
-            f"torch_tqattn's native library is missing from {folder}. Build it: pip install --no-build-isolation -e ."
+            f"torch_tqattn's native library for Python {platform.python_version()} is missing from {folder}"
+            f"{f', which has {others} of another Python' if others else ''}. "
+            "Build it, in a checkout: pip install --no-build-isolation -e ."
         )
-    torch.ops.load_library(libraries[0])
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise ImportError(
+            f"{library} cannot be loaded with PyTorch {torch.__version__}: it was built for another one. "
+            "Build it for this one, in a checkout: rm -rf build && pip install --no-build-isolation -e .\n"
+            f"({error.__cause__ or error})"  # torch says only which file
+        ) from error
 
 
 def with_checks(name: str) -> Callable[..., Any]:
@@ -50,6 +63,6 @@ def with_checks(name: str) -> Callable[..., Any]:
     return checked
 
 
-_load_library()
+load_library(Path(__file__).parent)
 for _name in OPERATORS:
     torch.library.impl(f"tqattn::{_name}", "CompositeExplicitAutograd")(with_checks(_name))
