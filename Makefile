@@ -7,7 +7,9 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 # One process a core.
 PYTEST := $(BIN)/python -m pytest -n auto --durations 10
+# The library and what the examples need; what tests, benchmarks and linters need besides.
 INSTALLED := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
 NATIVE_TEXT := find torch_tqattn tests/metal tests/neon benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.mm' -o -name '*.metal' | grep -v tables.h
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 NATIVE := $(shell find torch_tqattn/csrc torch_tqattn/shaders -type f) setup.py pyproject.toml
@@ -17,45 +19,45 @@ NATIVE := $(shell find torch_tqattn/csrc torch_tqattn/shaders -type f) setup.py 
 demo: $(INSTALLED)
 	$(BIN)/python examples/decode_loop.py
 
-install: $(INSTALLED)
+install: $(TOOLS)
 
 # What a bug report needs, and every operator on every device that is here.
 doctor: $(INSTALLED)
 	$(BIN)/python -m torch_tqattn doctor
 
-test: $(INSTALLED)
+test: $(TOOLS)
 	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
-test-quick: $(INSTALLED)
+test-quick: $(TOOLS)
 	HYPOTHESIS_PROFILE=quick $(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # The tests that take a device, on mps tensors: on Linux those of a double of Metal. Compiles hundreds of shaders.
 # MODE=race looks for races, at a third of the speed.
 MODE ?= plain
-test-metal: $(INSTALLED)
+test-metal: $(TOOLS)
 	TQATTN_HOSTED_MPS=1 TQATTN_METAL_MODE=$(MODE) HYPOTHESIS_PROFILE=quick $(PYTEST) --dist worksteal -m "not slow" -k mps
 
 # Faults in shaders, launch plans and Objective-C++, each of which the tests have to notice.
-test-mutations: $(INSTALLED)
+test-mutations: $(TOOLS)
 	$(BIN)/python tests/metal/mutations.py
 
 # The shaders under the rules of Apple's language.
-check-metal: $(INSTALLED)
+check-metal: $(TOOLS)
 	$(BIN)/python tests/metal/strict/check.py
 
 # The Objective-C++ with Apple's own headers: make check-sdk SDK=.../MacOSX.sdk, from Xcode 15 or newer.
-check-sdk: $(INSTALLED)
+check-sdk: $(TOOLS)
 	$(BIN)/python tests/metal/linked/sdk.py $(or $(SDK),$(error set SDK to the folder of a macOS SDK))
 
 # Every kernel under compute-sanitizer, on an NVIDIA GPU. Without PyTorch's cache each tensor is an allocation of its own.
-check-cuda: $(INSTALLED)
+check-cuda: $(TOOLS)
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
 	    $(BIN)/python -m pytest -p no:cacheprovider -k 'cuda and (test_kernels or half_precision)' \
 	      tests/test_kernels.py tests/test_cuda.py || exit 1; \
 	done
 
-lint: $(INSTALLED)
+lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -63,15 +65,15 @@ lint: $(INSTALLED)
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)
 	$(BIN)/zizmor --offline --quiet .github
 
-format: $(INSTALLED)
+format: $(TOOLS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(NATIVE_TEXT) | xargs $(BIN)/clang-format -i
 
-bench: $(INSTALLED)
+bench: $(TOOLS)
 	$(BIN)/python benchmarks/cpu.py
 
-tables: $(INSTALLED)
+tables: $(TOOLS)
 	$(BIN)/python scripts/make_tables.py
 
 clean:
@@ -82,5 +84,10 @@ $(INSTALLED): $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[examples]'
+	touch $@
+
+# pip finds the package under its name, adds what these extras lack, and builds nothing again.
+$(TOOLS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet 'torch_tqattn[dev]'
 	touch $@

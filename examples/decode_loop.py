@@ -167,6 +167,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
 
 
+def best_device() -> str:
+    """An Apple GPU, an NVIDIA GPU, or the CPU: the first of them that is here."""
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=DEFAULT_FORMATS, metavar="K/V", help="storage formats to show")
@@ -178,7 +185,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-length", type=int, default=1024, help="bytes of the text that start the generation")
     parser.add_argument("--generate", type=int, default=200, help="bytes to generate")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the most likely byte")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default=best_device(), help="the best that is here unless said otherwise")
     parser.add_argument("--json", type=Path, help="also write the result here")
     return parser.parse_args()
 
@@ -202,6 +209,7 @@ def main() -> None:
 
     makers: list[Callable[[], Cache]] = [dense]
     makers += [partial(CompressedCache, config, capacity, formats) for formats in arguments.formats]
+    print(f"Device: {device}")
     print(f"Prompt: the first {arguments.prompt_length} bytes of {arguments.text.name}, ending in:")
     print(text[: arguments.prompt_length][-300:].decode(errors="replace"))
     generate(model, dense(), prompt[:, :16], 8, 0.0, lambda _: None)  # warm up, so that the first row is not slower

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import decode_loop
 import pytest
 import torch
 import transformers
@@ -24,7 +25,9 @@ def test_decode_loop(tmp_path: Path) -> None:
     formats = ["--formats", "f16/f16", "tq8/tq4", "tq3:plain"]
     done = run("examples/decode_loop.py", *sizes, *formats, "--json", str(result))
     assert done.returncode == 0, done.stderr
-    rows = json.loads(result.read_text())["rows"]
+    report = json.loads(result.read_text())
+    assert done.stdout.startswith(f"Device: {report['device']}\n")
+    rows = report["rows"]
     assert [row["cache"] for row in rows] == ["dense float32", "f16/f16", "tq8/tq4", "tq3:plain"]
     dense, half, mixed, plain = rows
     assert dense["kld"] == 0
@@ -37,6 +40,17 @@ def test_decode_loop(tmp_path: Path) -> None:
     for row in rows:
         assert row["cache"] in done.stdout
         assert 0.5 < row["bits_per_byte"] < 5
+
+
+@pytest.mark.parametrize(
+    ("mps", "cuda", "expected"),
+    [(True, False, "mps"), (True, True, "mps"), (False, True, "cuda"), (False, False, "cpu")],
+)
+def test_the_decode_loop_takes_the_gpu(mps: bool, cuda: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr("sys.argv", ["decode_loop.py"])
+    assert decode_loop.parse_arguments().device == expected
 
 
 def test_decode_loop_refuses_what_it_does_not_know() -> None:
