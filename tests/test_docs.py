@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from metal.mutations import MUTATIONS
+from metal.strict.snippets import SNIPPETS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -47,6 +49,18 @@ def test_operators_page_names_every_argument() -> None:
     for name in OPERATORS:
         for argument in getattr(torch.ops.tqattn, name).default._schema.arguments:
             assert re.search(rf"\b{argument.name}\b", text), f"{argument.name} of {name}"
+
+
+@pytest.mark.parametrize(
+    ("page", "words", "count"),
+    [
+        ("README.md", "puts ([0-9]+) faults into", len(MUTATIONS)),
+        ("docs/metal.md", "lists ([0-9]+) faults", len(MUTATIONS)),
+        ("README.md", "([0-9]+) wrong snippets refused", len(SNIPPETS)),
+    ],
+)
+def test_counts_are_those_of_the_code(page: str, words: str, count: int) -> None:
+    assert re.findall(words, (ROOT / page).read_text(encoding="utf-8")) == [str(count)]
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)

@@ -1,6 +1,7 @@
 """torch_tqattn cross-compiles for macOS on arm64, links with torch's own libraries, and makes a wheel."""
 
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -10,10 +11,13 @@ from metal.linked import build, check, macho, torch_wheel, wheel
 
 pytestmark = pytest.mark.timeout(900)  # compiles much when nothing is cached yet
 
-*OLDER, NEWEST = torch_wheel.VERSIONS
+OLDEST, *BETWEEN, NEWEST = torch_wheel.VERSIONS
+WORKFLOW = build.ROOT / ".github" / "workflows" / "wheels.yml"
 
 
-@pytest.fixture(scope="module", params=[NEWEST, *[pytest.param(version, marks=pytest.mark.slow) for version in OLDER]])
+@pytest.fixture(
+    scope="module", params=[OLDEST, *[pytest.param(version, marks=pytest.mark.slow) for version in BETWEEN], NEWEST]
+)
 def version(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -32,6 +36,11 @@ def torch_folder(version: str) -> Path:
 @pytest.fixture(scope="module")
 def library(version: str, torch_folder: Path) -> Path:
     return build.library(version)
+
+
+def test_wheels_are_published_for_these_versions() -> None:
+    (listed,) = re.findall(r"torch: \[(.*)\]", WORKFLOW.read_text())
+    assert listed == ", ".join(f'"{version}"' for version in torch_wheel.VERSIONS)
 
 
 def test_the_library_is_one_that_macos_can_load(library: Path, torch_folder: Path) -> None:

@@ -12,7 +12,8 @@ from metal.hosted.objects import MissingToolError
 
 from .macho import MachO
 
-VERSIONS = ("2.12.0", "2.13.0")
+# One for each minor release with what the MPS backend needs, oldest first; .github/workflows/wheels.yml has the same.
+VERSIONS = ("2.12.0", "2.13.0", "2.14.1", "2.15.0")
 PLATFORM = "macosx_14_0_arm64"
 CACHE = Path(os.environ.get("TQATTN_CACHE", Path.home() / ".cache" / "torch_tqattn"))
 WANTED = re.compile(r"torch/(include/.*|lib/.*\.dylib|utils/cpp_extension\.py)")
@@ -21,7 +22,7 @@ LIBRARIES = ("libtorch", "libtorch_cpu", "libc10")
 
 
 def fetch(version: str) -> Path:
-    """The unpacked folder torch/ of that version; downloaded (about 100 MB) if it is not in the cache. Raises
+    """The unpacked folder torch/ of that version; downloaded (about 130 MB) if it is not in the cache. Raises
     MissingToolError if it cannot be had."""
     folder = CACHE / f"torch-{version}-{PLATFORM}"
     done = folder / "complete"
