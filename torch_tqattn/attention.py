@@ -71,17 +71,18 @@ def attention(
     Raises:
         ValueError: arguments that do not fit each other, or more queries than the cache has tokens for.
     """
-    if q.dim() != 4:
-        raise ValueError(f"q must be [batch, heads, tokens, head_dim], got shape {list(q.shape)}")
-    cache.check_queries(q)
-    if causal and q.shape[2] > cache._length - cache._first:
+    shape = q.shape
+    if len(shape) != 4:
+        raise ValueError(f"q must be [batch, heads, tokens, head_dim], got shape {list(shape)}")
+    cache._check_queries(q, shape)
+    if causal and shape[2] > cache._length - cache._first:
         raise ValueError(
-            f"q has {q.shape[2]} tokens but the cache holds {len(cache)}: queries belong to the cache's newest tokens, "
+            f"q has {shape[2]} tokens but the cache holds {len(cache)}: queries belong to the cache's newest tokens, "
             "append their keys and values first"
         )
     out, lse = cache._attend(
         q,
-        cache._begin(q.shape[2]),
+        cache._begin(shape[2]),
         scale=scale,
         softcap=softcap,
         sinks=sinks,
@@ -201,20 +202,21 @@ class TQAttention(nn.Module):
         sinks: Tensor | None,
         left_padding: Tensor | Sequence[int] | None,
     ) -> Tensor:
-        if q.dim() != 4 or q.shape[1] != self.num_heads:
+        q_shape, k_shape = q.shape, k.shape
+        if len(q_shape) != 4 or q_shape[1] != self.num_heads:
             raise ValueError(
-                f"q must be [batch, {self.num_heads}, tokens, {self._config.head_dim}], got shape {list(q.shape)}"
+                f"q must be [batch, {self.num_heads}, tokens, {self._config.head_dim}], got shape {list(q_shape)}"
             )
-        if k.dim() != 4 or k.shape != v.shape or k.shape[2] != q.shape[2]:
+        if len(k_shape) != 4 or k_shape != v.shape or k_shape[2] != q_shape[2]:
             raise ValueError(
                 f"k and v must be [batch, {self._config.num_kv_heads}, tokens, {self._config.head_dim}] with as many "
-                f"tokens as q, got shapes {list(k.shape)}, {list(v.shape)} and q {list(q.shape)}"
+                f"tokens as q, got shapes {list(k_shape)}, {list(v.shape)} and q {list(q_shape)}"
             )
         cache = self.cache
         if cache is None:
-            cache = self._allocate(q.shape[0], q.device)
+            cache = self._allocate(q_shape[0], q.device)
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
-        if q.shape[2] <= cache._tokens_at_once():
+        if q_shape[2] <= cache._tokens_at_once():
             out, _ = cache.step(q, k, v, attn_mask=attn_mask, left_padding=left_padding, **options)
         else:
             out = self._in_parts(cache, q, k, v, attn_mask, left_padding, options)

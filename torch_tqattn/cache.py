@@ -174,11 +174,13 @@ class KVCache:
         Raises:
             ValueError: shapes, types or devices do not fit, or the tokens do not fit the capacity. Nothing is written.
         """
-        if k.dim() != 4:
-            raise ValueError(f"k must be [batch, kv_heads, tokens, head_dim], got shape {list(k.shape)}")
-        self.check_keys(k)
+        shape = k.shape
+        if len(shape) != 4:
+            raise ValueError(f"k must be [batch, kv_heads, tokens, head_dim], got shape {list(shape)}")
+        self._check_keys(k, shape)
         starts = self._padding_starts(left_padding)
-        coded_end = self._coded_end(k.shape[2])
+        tokens = shape[2]
+        coded_end = self._coded_end(tokens)
         torch.ops.tqattn.encode_kv_(
             self._balanced_keys(k),
             v,
@@ -191,7 +193,7 @@ class KVCache:
             starts,
             self.config.encode,
         )
-        self._advance(k.shape[2], coded_end, starts)
+        self._advance(tokens, coded_end, starts)
 
     def step(
         self,
@@ -209,15 +211,16 @@ class KVCache:
 
         Takes what `append` and `attention` take, and returns (out, lse) as `attention` does with return_lse.
         """
-        if k.dim() != 4 or q.dim() != 4 or q.shape[2] != k.shape[2]:
+        q_shape, k_shape = q.shape, k.shape
+        if len(k_shape) != 4 or len(q_shape) != 4 or q_shape[2] != k_shape[2]:
             raise ValueError(
                 "q, k and v must be [batch, heads, tokens, head_dim] with as many tokens each, "
-                f"got shapes {list(q.shape)} and {list(k.shape)}"
+                f"got shapes {list(q_shape)} and {list(k_shape)}"
             )
-        self.check_queries(q)
-        self.check_keys(k)
+        self._check_queries(q, q_shape)
+        self._check_keys(k, k_shape)
         starts = self._padding_starts(left_padding)
-        tokens = k.shape[2]
+        tokens = k_shape[2]
         coded_end = self._coded_end(tokens)
         begin = self._begin(tokens, self._length + tokens, self._stored_once(coded_end))
         out, lse = torch.ops.tqattn.decode_step_(
@@ -415,11 +418,12 @@ class KVCache:
 
     # Inside
 
-    # The operators compare their arguments with the stores. These do so first, in the words of who has a cache.
+    # The operators compare their arguments with the stores. These do so first, in the words of who has a cache. A shape
+    # is made anew each time that a tensor is asked for it, so it is passed along.
 
-    def check_queries(self, q: Tensor) -> None:
+    def _check_queries(self, q: Tensor, shape: torch.Size) -> None:
         """ValueError if q, of four dimensions, is not of this cache's sizes or not on its device."""
-        batch, heads, _, head_dim = q.shape
+        batch, heads, _, head_dim = shape
         c = self.config
         if (
             batch != c.batch_size
@@ -429,9 +433,9 @@ class KVCache:
         ):
             raise ValueError(self._misfit("q", q, heads % c.num_kv_heads == 0))
 
-    def check_keys(self, k: Tensor) -> None:
+    def _check_keys(self, k: Tensor, shape: torch.Size) -> None:
         """ValueError if k, of four dimensions, is not of this cache's sizes or not on its device."""
-        batch, heads, _, head_dim = k.shape
+        batch, heads, _, head_dim = shape
         c = self.config
         if (
             batch != c.batch_size
