@@ -109,6 +109,18 @@ MUTATIONS = [
         "clamp(target.first + int(params.sink_length), begin, end)",
         "clamp(target.first, begin, end)",
     ),
+    Mutation(
+        "one row of 64 is lost as it is coded",
+        _ENCODE,
+        "if (is_new && TQ_TAIL && params.block_size != 0) {",
+        "if (position % 64 == 50) tq_clear(row);\n  if (is_new && TQ_TAIL && params.block_size != 0) {",
+    ),
+    Mutation(
+        "one row of 64 is lost as it is kept",
+        _ENCODE,
+        "if (position < first) tq_clear(row);",
+        "if (position < first || position % 64 == 50) tq_clear(row);",
+    ),
     Mutation("a NaN is counted in the mean", _ENCODE, "tq_add_row(is_there && is_finite,", "tq_add_row(is_there,"),
     Mutation("a NaN of the tail is counted in the mean", _ENCODE, "new_begin && is_finite,", "new_begin,"),
     Mutation("a mean is of all positions, counted or not", _ENCODE, "max(counted, 1.0f)", "float(count)"),

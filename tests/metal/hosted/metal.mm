@@ -315,6 +315,7 @@ void check_dispatch(const State& state, MTLSize groups, MTLSize threads) {
     } else if (argument.kind == MSL_BUFFER) {
       const Binding& binding = state.buffers[argument.index];
       check(binding.size() > 0, "nothing is bound there");
+      check(!argument.writable || binding.buffer.get() != nil, "read-only bytes are bound where the kernel may write");
       check(binding.size() >= argument.size, binding.size(), " bytes are bound; it has ", argument.size);
       check(binding.offset % argument.alignment == 0, "offset ", binding.offset, " is not aligned to ",
             argument.alignment, " bytes");

@@ -23,6 +23,7 @@ MISTAKES = {
     "misaligned offset": "argument from at index 0: offset 2 is not aligned to 4 bytes",
     "large bytes": "setBytes of 4097 bytes; it takes 1 to 4096",
     "small bytes": "argument count at index 2: 2 bytes are bound; it has 4",
+    "bytes for a result": "argument to at index 1: read-only bytes are bound where the kernel may write",
     "index 31": "buffer index 31; the last is 30",
     "no threadgroup memory": "argument scratch at index 0: no length of threadgroup memory was set",
     "odd threadgroup memory": "40 bytes of threadgroup memory: no multiple of 16",

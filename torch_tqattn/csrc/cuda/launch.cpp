@@ -66,13 +66,10 @@ void launch(const std::vector<Launch>& launches, c10::Device device) {
     const size_t count = launch.arguments.size();
     c10::SmallVector<void*, 16> addresses(count), parameters(count + 1);
     for (size_t i = 0; i < count; ++i) {
-      if (launch.arguments[i].tensor.defined()) {
-        addresses[i] = address(launch, i);
-        parameters[i] = &addresses[i];
-      } else {
-        // Zeros for a pointer that is not followed.
-        parameters[i] = const_cast<uint8_t*>(launch.arguments[i].bytes.data());
-      }
+      const Argument& argument = launch.arguments[i];
+      if (argument.tensor.defined()) addresses[i] = address(launch, i);  // null for a pointer that is not followed
+      parameters[i] = argument.bytes.empty() ? static_cast<void*>(&addresses[i])
+                                             : const_cast<uint8_t*>(argument.bytes.data());
     }
     parameters[count] = const_cast<uint32_t*>(launch.groups.data());
     c10::SmallVector<LaunchAttribute, 2> attributes;

@@ -36,35 +36,31 @@ const char* find_source(const Sources& sources, std::string_view shader) {
   TORCH_INTERNAL_ASSERT(false, "there is no shader ", shader);
 }
 
-// What is bound at one buffer index: a tensor on the device, or a few bytes.
+// What is bound at one buffer index: a tensor on the device, a value, or neither: a pointer that the kernel does not
+// follow. Every index that it declares has to be bound.
 struct Argument {
   // `alignment`: in bytes, that the kernel's loads need beyond that of the tensor's numbers.
   explicit Argument(const at::Tensor& x, int64_t alignment = 1) : alignment(alignment) {
-    if (x.numel() > 0) {
-      tensor = x;
-    } else {
-      bytes = kNothing;  // no numbers, no buffer
-    }
+    if (x.numel() > 0) tensor = x;  // no numbers, no buffer
   }
 
   template <typename T>
   static Argument value(const T& x) {
     static_assert(std::is_trivially_copyable_v<T>);
     const auto* first = reinterpret_cast<const uint8_t*>(&x);
-    return Argument(std::vector<uint8_t>(first, first + sizeof(T)));
+    Argument argument;
+    argument.bytes.assign(first, first + sizeof(T));
+    return argument;
   }
 
-  // For a pointer that the kernel does not follow: every index that it declares has to be bound.
-  static Argument unused() { return Argument(kNothing); }
+  static Argument unused() { return Argument(); }
 
-  at::Tensor tensor;  // undefined: bytes
+  at::Tensor tensor;
   int64_t alignment = 1;
-  std::vector<uint8_t> bytes;
+  std::vector<uint8_t> bytes;  // of a value
 
  private:
-  static inline const std::vector<uint8_t> kNothing = std::vector<uint8_t>(16);
-
-  explicit Argument(std::vector<uint8_t> value) : bytes(std::move(value)) {}
+  Argument() = default;
 };
 
 struct Launch {

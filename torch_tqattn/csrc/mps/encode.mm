@@ -59,13 +59,24 @@ void check(const Launch& launch, id<MTLComputePipelineState> pipeline) {
   }
 }
 
-void bind(id<MTLComputeCommandEncoder> encoder, const Argument& argument, NSUInteger index) {
-  if (argument.tensor.defined()) {
-    // torch's allocator hands out the buffer object itself for the address of a storage.
-    id<MTLBuffer> buffer = __builtin_bit_cast(id<MTLBuffer>, argument.tensor.storage().data());
-    [encoder setBuffer:buffer offset:byte_offset(argument.tensor) atIndex:index];
-  } else {
-    [encoder setBytes:argument.bytes.data() length:argument.bytes.size() atIndex:index];
+// torch's allocator hands out the buffer object itself for the address of a storage.
+id<MTLBuffer> buffer(const at::Tensor& x) { return __builtin_bit_cast(id<MTLBuffer>, x.storage().data()); }
+
+void bind(id<MTLComputeCommandEncoder> encoder, const std::vector<Argument>& arguments) {
+  // For pointers that are not followed, any buffer. Metal's validation refuses bytes where a kernel might write.
+  id<MTLBuffer> any = nil;
+  for (const Argument& argument : arguments) {
+    if (argument.tensor.defined()) any = buffer(argument.tensor);
+  }
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const Argument& argument = arguments[i];
+    if (argument.tensor.defined()) {
+      [encoder setBuffer:buffer(argument.tensor) offset:byte_offset(argument.tensor) atIndex:i];
+    } else if (argument.bytes.empty()) {
+      [encoder setBuffer:any offset:0 atIndex:i];
+    } else {
+      [encoder setBytes:argument.bytes.data() length:argument.bytes.size() atIndex:i];
+    }
   }
 }
 
@@ -85,7 +96,7 @@ void encode(const std::vector<Launch>& launches) {
       // torch's encoder runs one dispatch after the other today; with a barrier it may stop doing so.
       [encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
       [encoder setComputePipelineState:pipelines[n]];
-      for (size_t i = 0; i < launch.arguments.size(); ++i) bind(encoder, launch.arguments[i], i);
+      bind(encoder, launch.arguments);
       for (size_t i = 0; i < launch.threadgroup_bytes.size(); ++i) {
         [encoder setThreadgroupMemoryLength:launch.threadgroup_bytes[i] atIndex:i];
       }

@@ -47,6 +47,7 @@ void encode(id<MTLComputeCommandEncoder> encoder, const at::Tensor& from, const 
   if (mistake == "misaligned offset") offset += 2;
   if (mistake != "unbound buffer") [encoder setBuffer:buffer(from) offset:offset atIndex:0];
   [encoder setBuffer:buffer(to) offset:to.storage_offset() * sizeof(float) atIndex:1];
+  if (mistake == "bytes for a result") [encoder setBytes:&count length:sizeof(count) atIndex:1];
   if (mistake == "large bytes") {
     const std::vector<char> bytes(4097);
     [encoder setBytes:bytes.data() length:bytes.size() atIndex:2];
