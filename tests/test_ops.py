@@ -455,10 +455,11 @@ def test_hidden_rows_may_hold_anything(dtype: torch.dtype, device: str) -> None:
     mask = torch.ones(1, 1, 40, dtype=torch.bool, device=device)
     mask[..., [7, 30]] = False
     q = torch.randn(2, 4, 1, 64, device=device, dtype=dtype)
-    out, lse = tqattn.attend(q, *stores, 0, 40, 40, mask=mask)
-    assert out.isfinite().all()
-    assert lse.isfinite().all()
-    assert tqattn.attend(q, *stores, 0, 40, 40)[0].isnan().all()
+    for attend in (tqattn.attend, reference.attend):
+        out, lse = attend(q, *stores, 0, 40, 40, mask=mask)
+        assert out.isfinite().all()
+        assert lse.isfinite().all()
+        assert attend(q, *stores, 0, 40, 40)[0].isnan().all()
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float32), (64, torch.float16), (512, torch.float32)])
@@ -470,14 +471,17 @@ def test_a_query_does_not_know_what_comes_after_it(
     # The last of four tokens is NaN: the queries before it share their pass over the cache with its query.
     k, v = torch.randn(2, 2, 2, 20, head_dim, device=device)
     k[:, :, 19], v[:, :, 19] = math.nan, math.nan
+    v[:, :, 18] = math.inf
     stores = empty_stores(name, name, head_dim, slots=32, block_size=block_size, tail_slots=block_size, device=device)
     coded = 16 if block_size else 20
     tqattn.encode_kv_(k, v, *stores, 0, 0, coded, block_size)
     q = torch.randn(2, 6, 4, head_dim, device=device, dtype=dtype)
-    out, lse = tqattn.attend(q, *stores, 0, coded, 20, block_size)
-    assert out[:, :, :3].isfinite().all()
-    assert lse[:, :, :3].isfinite().all()
-    assert out[:, :, 3].isnan().all()
+    for attend in (tqattn.attend, reference.attend):
+        out, lse = attend(q, *stores, 0, coded, 20, block_size)
+        assert out[:, :, :2].isfinite().all()
+        assert lse[:, :, :3].isfinite().all()
+        assert not out[:, :, 2].isfinite().any()
+        assert out[:, :, 3].isnan().all()
 
 
 def test_sequences_of_a_batch_have_their_own_beginnings_and_ends(device: str) -> None:
@@ -674,6 +678,11 @@ def test_every_operator_has_the_guard_against_gradients(name: str) -> None:
     assert "autograd.cpp" in next(row for row in table if row.startswith("AutogradCPU:"))
 
 
+@pytest.mark.parametrize("name", [*ops.OPERATORS, "launch_policy"])
+def test_every_operator_may_be_compiled(name: str) -> None:
+    assert torch.Tag.pt2_compliant_tag in getattr(tqattn, name).default.tags
+
+
 def test_a_device_without_kernels_runs_the_checked_reference() -> None:
     for name in ops.OPERATORS:
         table = torch._C._dispatch_dump_table(f"tqattn::{name}")
@@ -724,7 +733,8 @@ WRONG_ATTEND = [
     ("sink_length", lambda a: 20, "positions 32 to 40 do not fit a tail of 4 slots"),
     ("v_tail", lambda a: a["v_tail"][:, :, :20].contiguous(), "k and v stores must have the same"),
     ("block_size", lambda a: 0, "k_means were given, but block_size is 0"),
-    ("block_size", lambda a: -1, "block_size must be 0 .no blocks. or positive, got -1"),
+    ("block_size", lambda a: -1, "block_size must be 0 .no blocks. or 1 to 2.31 - 1, got -1"),
+    ("block_size", lambda a: 2**32, "block_size must be 0 .no blocks. or 1 to 2.31 - 1, got 4294967296"),
     ("block_size", lambda a: 24, "32 slots are no multiple of block_size 24"),
     ("coded", lambda a: 17, "coded must be a multiple of block_size 16, got 17"),
     ("coded", lambda a: 64, "0 <= coded <= length"),
@@ -784,6 +794,7 @@ WRONG_ENCODE = [
     ({"position": 57}, "must fit a tail of 24 slots"),
     ({"starts": torch.zeros(3, dtype=torch.int32)}, "starts must be .batch."),
     ({"encode": "slow"}, "unknown encode 'slow'; choose fast or best .* or plain"),
+    ({"block_size": 2**32}, "block_size must be 0 .no blocks. or 1 to 2.31 - 1, got 4294967296"),
     ({"sink_length": 25}, "k_tail must have a row for each of sink_length 25 tokens, got 24 rows"),
     ({"sink_length": 20}, "must fit a tail of 4 slots"),
 ]

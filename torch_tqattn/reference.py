@@ -356,8 +356,13 @@ def softmax_attention(
         logits = torch.cat([logits, sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)], dim=-1)
     lse = logits.logsumexp(-1) if logits.shape[-1] else torch.full(logits.shape[:3], -torch.inf, device=q.device)
     weights = torch.exp(logits - torch.where(lse.isneginf(), 0.0, lse)[..., None])[..., : k.shape[2]]
-    hidden = ~visible.any(1)[:, None, :, None]  # 0 * NaN is NaN: a row that nobody sees must not count
-    return weights @ torch.where(hidden, 0.0, v), lse
+    # 0 * NaN is NaN, and infinity likewise: such rows count for the queries that see them, and for no others.
+    finite = v.isfinite().all(-1, keepdim=True)
+    out = weights @ torch.where(finite, v, 0.0)
+    for j in (~finite).any(1).any(0).flatten().nonzero().flatten().tolist():
+        row = torch.where(finite[:, :, j], 0.0, v[:, :, j])[:, :, None]
+        out = out + torch.where(visible[:, None, :, j, None], weights[..., j, None] * row, 0.0)
+    return out, lse
 
 
 def attend(

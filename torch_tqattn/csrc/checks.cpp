@@ -60,6 +60,7 @@ StoreShape check_side(const char* prefix, const SideArgs& side, int64_t head_dim
   TORCH_CHECK_VALUE(side.codes.dim() == 4, name, "codes must be [batch, kv_heads, slots, row], got shape ",
                     side.codes.sym_sizes());
   StoreShape shape{side.codes.sym_size(0), side.codes.sym_size(1), side.codes.sym_size(2), 0, sink_length};
+  TORCH_CHECK_VALUE(shape.slots <= kMaxPosition, name, "codes must have at most 2^31 - 1 slots, got ", shape.slots);
   check_store_tensor(name + "codes", side.codes, format.is_coded() ? at::kByte : at::kHalf, like);
   const SymInt row = format.is_coded() ? format.row_bytes(head_dim) : head_dim;
   TORCH_CHECK_VALUE(side.codes.sym_size(3) == row, name, "codes must have rows of ", row, " for format ", format.name,
@@ -97,6 +98,7 @@ StoreShape check_side(const char* prefix, const SideArgs& side, int64_t head_dim
                 "[batch, kv_heads, tail rows, head_dim]");
     TORCH_CHECK_VALUE(rows >= sink_length, name, "tail must have a row for each of sink_length ", sink_length,
                       " tokens, got ", rows, " rows");
+    TORCH_CHECK_VALUE(rows <= kMaxPosition, name, "tail must have at most 2^31 - 1 rows, got ", rows);
     shape.tail_slots = rows - sink_length;
   }
   return shape;
@@ -104,7 +106,8 @@ StoreShape check_side(const char* prefix, const SideArgs& side, int64_t head_dim
 
 StoreShape check_stores(const StoreArgs& stores, int64_t head_dim, int64_t block_size, int64_t sink_length,
                         const Tensor& like) {
-  TORCH_CHECK_VALUE(block_size >= 0, "block_size must be 0 (no blocks) or positive, got ", block_size);
+  TORCH_CHECK_VALUE(0 <= block_size && block_size <= kMaxPosition,
+                    "block_size must be 0 (no blocks) or 1 to 2^31 - 1, got ", block_size);
   TORCH_CHECK_VALUE(sink_length >= 0, "sink_length must be 0 (none) or positive, got ", sink_length);
   const StoreShape k = check_side("k", stores.k, head_dim, block_size, sink_length, like);
   const StoreShape v = check_side("v", stores.v, head_dim, block_size, sink_length, like);
