@@ -484,6 +484,16 @@ def test_a_query_does_not_know_what_comes_after_it(
         assert out[:, :, 3].isnan().all()
 
 
+def test_a_sink_that_is_no_finite_number(device: str) -> None:
+    stores, coded = filled("tq8", "tq4", 64, 20, device)
+    sinks = torch.tensor([math.inf, -math.inf, math.nan, 1.0], device=device)
+    for attend in (tqattn.attend, reference.attend):
+        q = torch.randn(2, 4, 2, 64, device=device)
+        for x in attend(q, *stores, 0, coded, 20, sinks=sinks):
+            assert x[:, [0, 2]].isnan().all()
+            assert x[:, [1, 3]].isfinite().all()
+
+
 def test_sequences_of_a_batch_have_their_own_beginnings_and_ends(device: str) -> None:
     stores, coded = filled("tq6", "tq5", 96, 50, device, block_size=16)
     k, v = tqattn.decode_kv(*stores, 96, 0, coded, 50, 16)

@@ -355,6 +355,7 @@ def softmax_attention(
     if sinks is not None:
         logits = torch.cat([logits, sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)], dim=-1)
     lse = logits.logsumexp(-1) if logits.shape[-1] else torch.full(logits.shape[:3], -torch.inf, device=q.device)
+    lse = lse.masked_fill(lse.isposinf(), torch.nan)  # infinity less itself, as in a softmax
     weights = torch.exp(logits - torch.where(lse.isneginf(), 0.0, lse)[..., None])[..., : k.shape[2]]
     # 0 * NaN is NaN, and infinity likewise: such rows count for the queries that see them, and for no others.
     finite = v.isfinite().all(-1, keepdim=True)
