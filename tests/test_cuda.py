@@ -71,7 +71,7 @@ def check_half_queries(q: Tensor, options: dict[str, Any], cpu: tq.KVCache, gpu:
 
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s.head_dim % 64 == 0 and s.head_dim <= 256], ids=str)
 def test_half_precision_queries(sample: Sample) -> None:
-    cpu, on_gpu = encode_on_both(sample, "cuda")
+    cpu, on_gpu, _ = encode_on_both(sample, "cuda")
     on_gpu.load_state_dict(cpu.state_dict())
     for heads, queries, dtype in ((KV_HEADS, 1, torch.half), (3 * KV_HEADS, 5, torch.bfloat16)):
         seen = len(cpu) if cpu.config.window is None else cpu._length - cpu._begin(queries)
@@ -270,6 +270,18 @@ def test_codes_that_are_not_aligned_are_refused() -> None:
 
 
 # Faults
+
+
+def test_a_store_of_more_than_32_bits_is_refused() -> None:
+    if torch.cuda.mem_get_info()[0] < 8 << 30:
+        pytest.skip("there is no room for such a store")
+    cache = tq.KVCache(1, 1, 512, 2**23 + 128, "tq8", "tq2", "cuda")
+    kv = torch.randn(1, 1, 1, 512, device="cuda")
+    with pytest.raises(
+        ValueError, match="must be smaller than 4 GiB; its 8388736 slots"
+    ):
+        cache.append(kv, kv)
+    assert len(cache) == 0
 
 
 def package_with(fault: tuple[bytes, bytes], folder: Path) -> Path:

@@ -455,12 +455,13 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   work.first_tile = work.sinks_end / TQ_TILE;
   const int tiles = (end + TQ_TILE - 1) / TQ_TILE - work.first_tile;
   work.coded = TQ_TAIL ? clamp(int(params.coded) / TQ_TILE - work.first_tile, 0, tiles) : tiles;
-  // Every so often one has a unit more, so that no threadgroup has much more than others. Divisions take too long.
+  // Every so often one has a unit more, so that no threadgroup has much more than others. Divisions take too long. A
+  // part has to begin where the one before ends: rounding is not left to the compiler.
   const int units = work.sinks + 2 * tiles - work.coded, part = int(group.x * simdgroups + simdgroup);
   const float share = float(units) * params.part;
   const bool is_last = part + 1 == int(params.splits * simdgroups);
-  const int from = tq_begin_of_unit(work, int(float(part) * share + 0.5f));
-  const int to = tq_begin_of_unit(work, is_last ? units : int(float(part + 1) * share + 0.5f));
+  const int from = tq_begin_of_unit(work, int(fma(float(part), share, 0.5f)));
+  const int to = tq_begin_of_unit(work, is_last ? units : int(fma(float(part + 1), share, 0.5f)));
   // The first tokens, what has been coded, and the newest tokens.
   const int coded_begin = TQ_TAIL ? clamp(first + int(params.sink_length), from, to) : from;
   const int coded_end = TQ_TAIL ? clamp(int(params.coded), coded_begin, to) : to;

@@ -77,8 +77,18 @@ void add_side(Macros& macros, bool is_k, const Side& side) {
   macros.emplace_back(is_k ? "TQ_K_MEANS" : "TQ_V_MEANS", side.means.has_value() ? "1" : "0");
 }
 
-// The macros that every kernel for a cache needs.
+// Kernels count the bytes of a KV head's rows in 32 bits.
+void check_size(const Side& side) {
+  const int64_t slots = side.codes.size(2), bytes = slots * side.codes.size(3) * side.codes.element_size();
+  TORCH_CHECK_VALUE(bytes <= std::numeric_limits<uint32_t>::max(),
+                    "on a GPU the store of a KV head must be smaller than 4 GiB; its ", slots, " slots in format ",
+                    side.format->name, " take ", bytes, " bytes: use a smaller capacity or fewer bits, or the CPU");
+}
+
+// The macros that every kernel for a cache needs, once it is known that they can serve it.
 Macros store_macros(const Side& k, const Side& v, int64_t head_dim) {
+  check_size(k);
+  check_size(v);
   Macros macros{{"TQ_HEAD_DIM", std::to_string(head_dim)}};
   add_side(macros, true, k);
   add_side(macros, false, v);
@@ -140,12 +150,6 @@ bool is_whole(const AttendCall& call) {
   return call.params.slots % kMatrixPositions == 0 && has_whole_blocks && call.v.codebook != nullptr;
 }
 
-// Whether attend_matrix.metal's loads can find this side's rows.
-bool is_near(const Side& side) {
-  const int64_t row_bytes = side.codes.size(3) * side.codes.element_size();
-  return side.codes.size(2) * row_bytes <= std::numeric_limits<uint32_t>::max();
-}
-
 bool is_aligned(const OptionalTensor& x) {
   return !x.has_value() || reinterpret_cast<uintptr_t>(x->data_ptr()) % kMatrixBytes == 0;
 }
@@ -157,7 +161,7 @@ bool is_aligned(const Side& side) {
 Variant choose_variant(const AttendCall& call, const Tensor& q, int64_t group_rows, const Device& device) {
   const int64_t head_dim = call.q.size(3);
   const bool is_half = call.q.scalar_type() == at::kHalf || call.q.scalar_type() == at::kBFloat16;
-  const bool has_rows = is_aligned(call.k) && is_aligned(call.v) && is_near(call.k) && is_near(call.v);
+  const bool has_rows = is_aligned(call.k) && is_aligned(call.v);
   if (is_half && head_dim % 64 == 0 && head_dim <= 256 && has_rows && is_aligned(q)) {
     const uint32_t queries = group_rows > 8 && head_dim <= 128 ? 16 : 8;
     const uint32_t simdgroups = TQ_MATRIX_THREADS(head_dim, queries) / kSimdLanes;
