@@ -277,9 +277,7 @@ def test_a_store_of_more_than_32_bits_is_refused() -> None:
         pytest.skip("there is no room for such a store")
     cache = tq.KVCache(1, 1, 512, 2**23 + 128, "tq8", "tq2", "cuda")
     kv = torch.randn(1, 1, 1, 512, device="cuda")
-    with pytest.raises(
-        ValueError, match="must be smaller than 4 GiB; its 8388736 slots"
-    ):
+    with pytest.raises(ValueError, match="must be smaller than 4 GiB; its 8388736 slots"):
         cache.append(kv, kv)
     assert len(cache) == 0
 

@@ -68,8 +68,8 @@ void launch(const std::vector<Launch>& launches, c10::Device device) {
     for (size_t i = 0; i < count; ++i) {
       const Argument& argument = launch.arguments[i];
       if (argument.tensor.defined()) addresses[i] = address(launch, i);  // null for a pointer that is not followed
-      parameters[i] = argument.bytes.empty() ? static_cast<void*>(&addresses[i])
-                                             : const_cast<uint8_t*>(argument.bytes.data());
+      parameters[i] =
+          argument.bytes.empty() ? static_cast<void*>(&addresses[i]) : const_cast<uint8_t*>(argument.bytes.data());
     }
     parameters[count] = const_cast<uint32_t*>(launch.groups.data());
     c10::SmallVector<LaunchAttribute, 2> attributes;
