@@ -58,13 +58,14 @@ def attend_exactly(
     q: Tensor,
     stores: list[Any],
     held: tuple[int, ...],
-    softcap: float = 0.0,
-    window: int = 0,
-    sinks: Tensor | None = None,
-    mask: Tensor | None = None,
+    *,
     starts: Tensor | None = None,
     lengths: Tensor | None = None,
     causal: bool = True,
+    window: int = 0,
+    mask: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     k, v = decode_exactly(stores, (q.shape[-1], *held), starts)
     start, _, length = held[:3]
