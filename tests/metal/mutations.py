@@ -199,8 +199,14 @@ MUTATIONS = [
     Mutation(
         "buffers are bound one index too far",
         _LAUNCH,
-        "bind(encoder, launch.arguments[i], i)",
-        "bind(encoder, launch.arguments[i], i + 1)",
+        "offset:byte_offset(argument.tensor) atIndex:i]",
+        "offset:byte_offset(argument.tensor) atIndex:i + 1]",
+    ),
+    Mutation(
+        "bytes are bound for pointers that are not followed",
+        _LAUNCH,
+        "[encoder setBuffer:any offset:0 atIndex:i]",
+        "[encoder setBytes:&any length:sizeof(any) atIndex:i]",
     ),
     Mutation(
         "the grid's axes are swapped",

@@ -12,8 +12,8 @@ from metal.hosted.objects import MissingToolError
 
 from .macho import MachO
 
-# One for each minor release with what the MPS backend needs, oldest first; .github/workflows/wheels.yml has the same.
-VERSIONS = ("2.12.0", "2.13.0", "2.14.1", "2.15.0")
+# The oldest release with what the MPS backend needs, and the newest; .github/workflows/wheels.yml has all between them.
+VERSIONS = ("2.12.0", "2.15.0")
 PLATFORM = "macosx_14_0_arm64"
 CACHE = Path(os.environ.get("TQATTN_CACHE", Path.home() / ".cache" / "torch_tqattn"))
 WANTED = re.compile(r"torch/(include/.*|lib/.*\.dylib|utils/cpp_extension\.py)")
