@@ -74,7 +74,7 @@ def attention(
     shape = q.shape
     if len(shape) != 4:
         raise ValueError(f"q must be [batch, heads, tokens, head_dim], got shape {list(shape)}")
-    cache._check_queries(q, shape)
+    cache._check_fit("q", q, shape)
     if causal and shape[2] > cache._length - cache._first:
         raise ValueError(
             f"q has {shape[2]} tokens but the cache holds {len(cache)}: queries belong to the cache's newest tokens, "

@@ -177,7 +177,7 @@ class KVCache:
         shape = k.shape
         if len(shape) != 4:
             raise ValueError(f"k must be [batch, kv_heads, tokens, head_dim], got shape {list(shape)}")
-        self._check_keys(k, shape)
+        self._check_fit("k", k, shape)
         starts = self._padding_starts(left_padding)
         tokens = shape[2]
         coded_end = self._coded_end(tokens)
@@ -217,8 +217,8 @@ class KVCache:
                 "q, k and v must be [batch, heads, tokens, head_dim] with as many tokens each, "
                 f"got shapes {list(q_shape)} and {list(k_shape)}"
             )
-        self._check_queries(q, q_shape)
-        self._check_keys(k, k_shape)
+        self._check_fit("q", q, q_shape)
+        self._check_fit("k", k, k_shape)
         starts = self._padding_starts(left_padding)
         tokens = k_shape[2]
         coded_end = self._coded_end(tokens)
@@ -418,32 +418,17 @@ class KVCache:
 
     # Inside
 
-    # The operators compare their arguments with the stores. These do so first, in the words of who has a cache. A shape
-    # is made anew each time that a tensor is asked for it, so it is passed along.
+    def _check_fit(self, name: str, x: Tensor, shape: torch.Size) -> None:
+        """ValueError if x, "q" or "k" of four dimensions, is not of this cache's sizes or not on its device.
 
-    def _check_queries(self, q: Tensor, shape: torch.Size) -> None:
-        """ValueError if q, of four dimensions, is not of this cache's sizes or not on its device."""
+        The operators compare their arguments with the stores. This does so first, in the words of who has a cache. A
+        shape is made anew each time that a tensor is asked for it, so it is passed along.
+        """
         batch, heads, _, head_dim = shape
         c = self.config
-        if (
-            batch != c.batch_size
-            or heads % c.num_kv_heads
-            or head_dim != c.head_dim
-            or q.device != self._k.codes.device
-        ):
-            raise ValueError(self._misfit("q", q, heads % c.num_kv_heads == 0))
-
-    def _check_keys(self, k: Tensor, shape: torch.Size) -> None:
-        """ValueError if k, of four dimensions, is not of this cache's sizes or not on its device."""
-        batch, heads, _, head_dim = shape
-        c = self.config
-        if (
-            batch != c.batch_size
-            or heads != c.num_kv_heads
-            or head_dim != c.head_dim
-            or k.device != self._k.codes.device
-        ):
-            raise ValueError(self._misfit("k", k, heads == c.num_kv_heads))
+        heads_fit = heads == c.num_kv_heads if name == "k" else heads % c.num_kv_heads == 0
+        if batch != c.batch_size or not heads_fit or head_dim != c.head_dim or x.device != self._k.codes.device:
+            raise ValueError(self._misfit(name, x, heads_fit))
 
     def _misfit(self, name: str, x: Tensor, heads_fit: bool) -> str:
         """What is wrong with x."""
