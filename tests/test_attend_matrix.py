@@ -52,6 +52,7 @@ def attend_matrix(
     *,
     queries: int = 8,
     splits: int = 2,
+    dense_shift: int = 1,
     simdgroups: int = 2,
     is_staged: bool = True,
     softcap: float = 0.0,
@@ -95,7 +96,7 @@ def attend_matrix(
     params += np.array(
         (heads // config.num_kv_heads, tiles, cache._begin(tokens) % slots, mean_ring, shift), np.uint32
     ).tobytes()
-    params += np.array([1 / (splits * simdgroups)], np.float32).tobytes()
+    params += np.array([dense_shift], np.uint32).tobytes() + np.array([1 / (splits * simdgroups)], np.float32).tobytes()
     partials = torch.full((batch * heads * tokens * splits * (head_dim + 2),), math.nan)
     nothing = np.zeros(16, np.uint8)
     buffers: list[Any] = [q.contiguous()]
@@ -112,8 +113,9 @@ def attend_matrix(
         if side.norms is not None:
             row = side.codes.shape[-1]
             tile += 16 * (row + (0 if row % spread else 16) + 4)
-    first = entries * 256 + queries * (head_dim // 2 + 17) * 4 + (simdgroups * tile if macros["TQ_STAGED"] else 0)
-    memory = max(first, (simdgroups + 1) * queries * (head_dim + 6) * 4)
+    first, sums = entries * 256 + queries * (head_dim // 2 + 17) * 4, queries * (head_dim + 4) * 4
+    is_ahead = macros["TQ_STAGED"] != 0
+    memory = first + simdgroups * max(tile, sums) if is_ahead else max(first, (simdgroups + 1) * sums)
     library.kernel("tq_attend_matrix").dispatch(
         buffers,
         [memory],
@@ -211,6 +213,7 @@ def test_stores(options: dict[str, Any]) -> None:
     for tokens, count in ((1, 1), (5, 3), (40, 1), (333, 6)):
         cache = filled("tq4", "tq3", 64, tokens, 2, **options)
         check(cache, queries_for(cache, 6, count), splits=3)
+        check(cache, queries_for(cache, 6, count), splits=3, dense_shift=0)
 
 
 @pytest.mark.parametrize(("k_format", "v_format"), [("tq4", "tq4"), ("tq8", "tq3"), ("f16", "tq6")])
@@ -338,5 +341,8 @@ def test_a_missing_barrier_is_noticed(name: str, index: int, tmp_path: Path) -> 
     shader = tmp_path / SHADER.name
     cache = filled("tq4", "tq4", 64, 400)
     with pytest.raises(KernelError, match=r"race|nobody has written"):
-        attend_matrix(cache, queries_for(cache), mode="race", shader=shader, simdgroups=8, splits=1)
+        is_staged = (name, index) != (SHADER.name, 2)  # else it is not needed
+        attend_matrix(
+            cache, queries_for(cache), mode="race", shader=shader, simdgroups=8, splits=1, is_staged=is_staged
+        )
     assert len(source.barriers(SHADER.read_text())) == 4

@@ -33,11 +33,25 @@ using namespace metal;
 // banks.
 #define TQ_SHARE_STRIDE (TQ_HEAD_DIM / 8 + 4)
 #define TQ_QUERY_STRIDE (TQ_SHARES * TQ_SHARE_STRIDE)
-#define TQ_SUMS_STRIDE (TQ_HEAD_DIM + 4)  // of a query's sums in threadgroup memory: lanes write to different banks
+// Numbers of the tables of levels in threadgroup memory.
+#define TQ_TABLES                                                                              \
+  ((TQ_TABLE_ENTRIES(TQ_K_BITS) > TQ_TABLE_ENTRIES(TQ_V_BITS) ? TQ_TABLE_ENTRIES(TQ_K_BITS)    \
+                                                              : TQ_TABLE_ENTRIES(TQ_V_BITS)) * \
+   2 * TQ_SIMD_LANES)
+// Of a query's sums in threadgroup memory, with the sum of its weights and the largest logit after them: lanes write to
+// different banks.
+#define TQ_SUMS_STRIDE (TQ_HEAD_DIM + 4)
+// From one simdgroup's sums to the next. Where tiles are asked for ahead, they lie where its own tile was.
+#define TQ_SUMS \
+  (TQ_STAGED && TQ_STAGE_BYTES / 4 > TQ_QUERIES * TQ_SUMS_STRIDE ? TQ_STAGE_BYTES / 4 : TQ_QUERIES * TQ_SUMS_STRIDE)
 #define TQ_THREADS TQ_MATRIX_THREADS(TQ_HEAD_DIM, TQ_QUERIES)
 #define TQ_LOG2_E 1.44269504f
 #define TQ_NO_BLOCK 0x20000000  // positions of the only block, if there are none
 #define TQ_LEAST_NORM 1.0e-20f  // relative to which weights are kept: a value may be zero
+
+#if TQ_STAGED && TQ_TABLES + TQ_QUERIES * TQ_QUERY_STRIDE < TQ_QUERIES * TQ_SUMS_STRIDE
+#error "results do not fit where tables and queries were"
+#endif
 
 // What a lane has of the queries: of query tq_column(lane) of each half its numbers, rotated and divided by a power of
 // 2; of queries 2 s and 2 s + 1, s = tq_share(lane), everything else.
@@ -65,8 +79,8 @@ struct TqMeans {
   int first_end;  // where that block ends
 };
 
-// How positions are shared out: in units, of which a tile takes two if it is dense, as sinks and the newest tokens are.
-// Dense tiles take more time.
+// How positions are shared out: in units. A tile of codes is one, and a dense one, of sinks or of the newest tokens, 2
+// to the power of dense_shift.
 struct TqWork {
   int begin;
   int sinks_end;
@@ -74,12 +88,17 @@ struct TqWork {
   int sinks;       // units
   int first_tile;  // after the sinks
   int coded;       // tiles, and units
+  uint dense_shift;
 };
 
+static inline int tq_dense_tiles(thread const TqWork& work, int units) {
+  return (units + (1 << work.dense_shift) - 1) >> work.dense_shift;
+}
+
 static inline int tq_begin_of_unit(thread const TqWork& work, int unit) {
-  if (unit < work.sinks) return min(work.begin + (unit + 1) / 2 * TQ_TILE, work.sinks_end);
+  if (unit < work.sinks) return min(work.begin + tq_dense_tiles(work, unit) * TQ_TILE, work.sinks_end);
   const int rest = unit - work.sinks;
-  const int tile = work.first_tile + min(rest, work.coded) + (max(rest - work.coded, 0) + 1) / 2;
+  const int tile = work.first_tile + min(rest, work.coded) + tq_dense_tiles(work, max(rest - work.coded, 0));
   return clamp(tile * TQ_TILE, work.sinks_end, work.end);
 }
 
@@ -409,9 +428,9 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
 
 // Threads as in attend.metal.
 //
-// memory: the tables of K's and V's levels, TQ_QUERIES rows of queries, and for each simdgroup a tile that is asked for
-// ahead; then, in the same place, for each simdgroup TQ_QUERIES rows of sums, and of each row the largest logit and the
-// sum of weights; then TQ_QUERIES rows of results.
+// memory: the tables of K's and V's levels, TQ_QUERIES rows of queries, and for each simdgroup TQ_SUMS numbers: a tile
+// that is asked for ahead, then its sums. Where no tile is, sums lie where tables and queries were. Then TQ_QUERIES
+// rows of results, there too or after such sums.
 [[max_total_threads_per_threadgroup(TQ_THREADS)]] kernel void tq_attend_matrix(
     device const TQ_INPUT* q [[buffer(0)]], device const uchar* k_codes [[buffer(1)]],
     device const float* k_norms [[buffer(2)]], device const half* k_means [[buffer(3)]],
@@ -451,13 +470,15 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   work.begin = begin;
   work.sinks_end = TQ_TAIL ? clamp(first + int(params.sink_length), begin, end) : begin;
   work.end = end;
-  work.sinks = 2 * ((work.sinks_end - begin + TQ_TILE - 1) / TQ_TILE);
+  work.dense_shift = params.dense_shift;
+  work.sinks = (work.sinks_end - begin + TQ_TILE - 1) / TQ_TILE << work.dense_shift;
   work.first_tile = work.sinks_end / TQ_TILE;
   const int tiles = (end + TQ_TILE - 1) / TQ_TILE - work.first_tile;
   work.coded = TQ_TAIL ? clamp(int(params.coded) / TQ_TILE - work.first_tile, 0, tiles) : tiles;
   // Every so often one has a unit more, so that no threadgroup has much more than others. Divisions take too long. A
   // part has to begin where the one before ends: rounding is not left to the compiler.
-  const int units = work.sinks + 2 * tiles - work.coded, part = int(group.x * simdgroups + simdgroup);
+  const int units = work.sinks + work.coded + ((tiles - work.coded) << work.dense_shift);
+  const int part = int(group.x * simdgroups + simdgroup);
   const float share = float(units) * params.part;
   const bool is_last = part + 1 == int(params.splits * simdgroups);
   const int from = tq_begin_of_unit(work, int(fma(float(part), share, 0.5f)));
@@ -496,11 +517,12 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
     means.first_end = coded_begin - int(slot - means.first * uint(block_size)) + block_size;
     tile = tq_tile<TQ_WHOLE>(coded_begin - int(before), min(coded_end, means.first_end), slot - before, params.slots);
   }
-  uint query = simdgroup * TQ_SIMD_ROWS + lane / TQ_ROW_LANES;
+  const uint first_query = simdgroup * TQ_SIMD_ROWS;
+  uint query = first_query + lane / TQ_ROW_LANES;
   device const TQ_INPUT* query_row = q + tq_query(params, batch, kv_head, first_row + query) * TQ_HEAD_DIM;
   // Memory has little to do while the call before merges its parts in a kernel of its own.
   if (TQ_WHOLE && finish.is_finished == 0) {
-    if (simdgroup * TQ_SIMD_ROWS < TQ_QUERIES && tq_is_used(lane)) {
+    if (first_query < used_rows && tq_is_used(lane)) {
       tq_fetch<true>(tq_bytes(query_row + tq_place(lane) * TQ_LANE_DIMS));
     }
     if (coded_begin < coded_end) {
@@ -512,16 +534,16 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   if (TQ_V_BITS != 16 && TQ_V_BITS != TQ_K_BITS) {
     tq_make_table<(TQ_V_BITS)>(lane, simdgroup, simdgroups, v_level, memory + TQ_SIMD_LANES);
   }
-  threadgroup uint* query_rows =
-      memory + max(TQ_TABLE_ENTRIES(TQ_K_BITS), TQ_TABLE_ENTRIES(TQ_V_BITS)) * 2 * TQ_SIMD_LANES;
+  threadgroup uint* query_rows = memory + TQ_TABLES;
   threadgroup float* query_units = reinterpret_cast<threadgroup float*>(query_rows + TQ_QUERIES * TQ_QUERY_STRIDE);
-  threadgroup uchar* stages = reinterpret_cast<threadgroup uchar*>(query_units + TQ_QUERIES);
-  TqStage stage = tq_stage(k_rows, v_rows, stages + simdgroup * TQ_STAGE_BYTES, lane);
+  threadgroup float* sums = TQ_STAGED ? query_units + TQ_QUERIES : reinterpret_cast<threadgroup float*>(memory);
+  threadgroup float* own_sums = sums + simdgroup * TQ_SUMS;
+  TqStage stage = tq_stage(k_rows, v_rows, reinterpret_cast<threadgroup uchar*>(own_sums), lane);
   tq_wait_for_earlier_kernels();
 
   // Queries come first, because all of the threadgroup waits for them; then what comes before anything else.
   uint words[TQ_LANE_DIMS / 2];
-  if (simdgroup * TQ_SIMD_ROWS < TQ_QUERIES) tq_load_words(query_row, lane, words);
+  if (first_query < used_rows) tq_load_words(query_row, lane, words);
   if (coded_begin < coded_end) {
     if (TQ_K_MEANS) tq_fetch_mean(means.k + means.first * TQ_HEAD_DIM, lane);
     if (TQ_V_MEANS) tq_fetch_mean(means.v + means.first * TQ_HEAD_DIM, lane);
@@ -545,7 +567,7 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   }
 
 #pragma unroll 1
-  for (uint r = simdgroup * TQ_SIMD_ROWS; r < TQ_QUERIES; r += simdgroups * TQ_SIMD_ROWS) {
+  for (uint r = first_query; r < used_rows; r += simdgroups * TQ_SIMD_ROWS) {
     TqRow numbers;
     tq_numbers_of_words(TQ_INPUT(), lane, words, numbers);
     if (params.rotate_q != 0) tq_rotate(lane, signs, numbers);
@@ -566,7 +588,7 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
       if (tq_place(lane) == 0) query_units[query] = unit;
     }
     query += simdgroups * TQ_SIMD_ROWS;
-    if (r + simdgroups * TQ_SIMD_ROWS < TQ_QUERIES) {
+    if (r + simdgroups * TQ_SIMD_ROWS < used_rows) {
       tq_load_words(q + tq_query(params, batch, kv_head, first_row + query) * TQ_HEAD_DIM, lane, words);
     }
   }
@@ -587,9 +609,12 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
       gathered.sum[h][i] = 0.0f;
     }
 #pragma unroll
-    for (uint i = 0; i < 2; ++i) queries.factor[h][i] = query_units[8 * h + 2 * tq_share(lane) + i] * scale;
-    threadgroup const uint4* four = reinterpret_cast<threadgroup const uint4*>(
-        query_rows + (8 * h + tq_column(lane)) * TQ_QUERY_STRIDE + tq_share(lane) * TQ_SHARE_STRIDE);
+    for (uint i = 0; i < 2; ++i) {
+      queries.factor[h][i] = query_units[min(8 * h + 2 * tq_share(lane) + i, used_rows - 1)] * scale;
+    }
+    const uint row = min(8 * h + tq_column(lane), used_rows - 1);  // what is not used is the last row again
+    threadgroup const uint4* four = reinterpret_cast<threadgroup const uint4*>(query_rows + row * TQ_QUERY_STRIDE +
+                                                                               tq_share(lane) * TQ_SHARE_STRIDE);
 #pragma unroll
     for (uint step = 0; step < TQ_STEPS; step += 2) {
       const uint4 pairs = four[step / 2];
@@ -627,33 +652,37 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
     }
   }
 
-  threadgroup_barrier(mem_flags::mem_threadgroup);  // what is written next lies where tables and queries were
-  threadgroup float* sums = reinterpret_cast<threadgroup float*>(memory);
-  threadgroup float* scales = sums + simdgroups * TQ_QUERIES * TQ_SUMS_STRIDE;
+  if (!TQ_STAGED) threadgroup_barrier(mem_flags::mem_threadgroup);  // sums lie where tables and queries were
 #pragma unroll
   for (uint h = 0; h < TQ_HALVES; ++h) {
 #pragma unroll
     for (uint i = 0; i < 2; ++i) {
       const float sum = tq_sum_of_columns(gathered.sum[h][i]);
-      if (8 * h + 2 * tq_share(lane) + i >= used_rows) continue;
-      const uint row = simdgroup * TQ_QUERIES + 8 * h + 2 * tq_share(lane) + i;
+      const uint row = 8 * h + 2 * tq_share(lane) + i;
+      if (row >= used_rows) continue;
+      threadgroup float* its_sums = own_sums + row * TQ_SUMS_STRIDE;
       if (tq_column(lane) == 0) {
-        scales[2 * row] = sum;
-        scales[2 * row + 1] = gathered.largest[h][i];
+        its_sums[TQ_HEAD_DIM] = sum;
+        its_sums[TQ_HEAD_DIM + 1] = gathered.largest[h][i];
       }
 #pragma unroll
       for (uint n = 0; n < 2 * TQ_STEPS; ++n) {
-        sums[row * TQ_SUMS_STRIDE + n * TQ_COLUMNS + tq_column(lane)] = gathered.out[h][n / 2][n % 2 * 2 + i];
+        its_sums[n * TQ_COLUMNS + tq_column(lane)] = gathered.out[h][n / 2][n % 2 * 2 + i];
       }
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
+  // No register holds them meanwhile, and after the cluster was waited for the first cache is empty: with the shuffle
+  // they are read here.
+  const uint result_signs = simd_shuffle(tq_signs(lane), ushort(lane));
+
   // A simdgroup merges a row; lane s has the factor of simdgroup s.
-  threadgroup float* merged = scales + simdgroups * TQ_QUERIES * 2;
+  threadgroup float* merged = reinterpret_cast<threadgroup float*>(memory) + (TQ_STAGED ? 0 : simdgroups * TQ_SUMS);
   const ulong all_rows = ulong(params.batch) * params.num_heads * params.q_len;
   for (uint row = simdgroup; row < used_rows; row += simdgroups) {
-    threadgroup const float* its = scales + (min(lane, simdgroups - 1) * TQ_QUERIES + row) * 2;
+    threadgroup const float* its_sums = sums + row * TQ_SUMS_STRIDE;
+    threadgroup const float* its = its_sums + min(lane, simdgroups - 1) * TQ_SUMS + TQ_HEAD_DIM;
     float largest = its[1];
 #pragma unroll
     for (uint step = 1; step < TQ_THREADS / TQ_SIMD_LANES; step *= 2) {
@@ -665,13 +694,12 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
     for (uint step = 1; step < TQ_THREADS / TQ_SIMD_LANES; step *= 2) sum += simd_shuffle_xor(sum, ushort(step));
 #pragma unroll
     for (uint i = 0; i < TQ_HEAD_DIM / TQ_SIMD_LANES; ++i) numbers[i] = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
     for (uint s = 0; s < simdgroups; ++s) {
       const float its_factor = simd_shuffle(factor, ushort(s));
 #pragma unroll
       for (uint i = 0; i < TQ_HEAD_DIM / TQ_SIMD_LANES; ++i) {
-        const float number = sums[(s * TQ_QUERIES + row) * TQ_SUMS_STRIDE + i * TQ_SIMD_LANES + lane];
-        numbers[i] = fma(number, its_factor, numbers[i]);
+        numbers[i] = fma(its_sums[s * TQ_SUMS + i * TQ_SIMD_LANES + lane], its_factor, numbers[i]);
       }
     }
     largest *= 1.0f / TQ_LOG2_E;
@@ -698,7 +726,6 @@ static inline void tq_walk(thread const TqQueries& queries, thread const TqRows<
   tq_wait_for_cluster();
 
   // There are no other parts. The cluster's threadgroups share the rows.
-  const uint result_signs = tq_signs(lane);  // again: no register holds them meanwhile
   for (uint row = group.x + params.splits * simdgroup; row < used_rows; row += params.splits * simdgroups) {
     threadgroup const float* its = merged + row * TQ_SUMS_STRIDE;
     const float2 scale = tq_read_of_cluster(its + TQ_HEAD_DIM, min(lane, params.splits - 1));

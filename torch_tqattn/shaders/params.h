@@ -40,6 +40,7 @@ struct TqAttendParams {
   uint32_t first_slot;   // the slot of position `start`
   uint32_t mean_ring;    // rows of means; 1 if there are none
   uint32_t block_shift;  // blocks have 2 to this power positions; 0 for other sizes
+  uint32_t dense_shift;  // a tile of dense rows counts as 2 to this power tiles of codes
   float part;            // 1 / (splits * simdgroups of a threadgroup)
 };
 

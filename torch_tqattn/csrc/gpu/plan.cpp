@@ -137,9 +137,10 @@ uint32_t tile_bytes(const AttendCall& call) {
 uint32_t attend_matrix_floats(const AttendCall& call, const Variant& variant, uint32_t simdgroups) {
   const uint32_t head_dim = static_cast<uint32_t>(call.q.size(3));
   const uint32_t entries = std::max(table_entries(call.k), table_entries(call.v));
-  const uint32_t tiles = variant.is_staged ? simdgroups * tile_bytes(call) / sizeof(float) : 0;
-  return std::max(entries * 2 * kSimdLanes + variant.queries * (head_dim / 2 + 17) + tiles,
-                  (simdgroups + 1) * variant.queries * (head_dim + 6));
+  const uint32_t first = entries * 2 * kSimdLanes + variant.queries * (head_dim / 2 + 17);
+  const uint32_t sums = variant.queries * (head_dim + 4);
+  if (!variant.is_staged) return std::max(first, (simdgroups + 1) * sums);
+  return first + simdgroups * std::max<uint32_t>(tile_bytes(call) / sizeof(float), sums);
 }
 
 // Whether the store, and blocks, if there are any, are cut into whole tiles. A tile of dense values may not be whole:
@@ -320,6 +321,8 @@ std::vector<Launch> plan_attend(const AttendCall& call, const Device& device) {
   params.first_slot = params.slots > 0 ? params.start % params.slots : 0;
   params.mean_ring = params.block_size > 0 ? params.slots / params.block_size : 1;
   params.block_shift = exact_log2(params.block_size);
+  // Dense tiles take longer. Where there is hardly more than a tile for each simdgroup, that makes no difference.
+  params.dense_shift = positions < 2 * kMatrixPositions * params.splits * simdgroups ? 0 : 1;
   params.part = 1.0f / static_cast<float>(params.splits * simdgroups);
 
   const int64_t rows = batch * params.num_heads * params.q_len;
