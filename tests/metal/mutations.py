@@ -51,6 +51,7 @@ class Mutation:
 
 
 _ATTEND, _ENCODE, _REDUCE = "shaders/attend.metal", "shaders/encode.metal", "shaders/reduce.metal"
+_ENCODE_H = "shaders/encode.h"
 _DECODE, _STORE, _ROW, _STATE = "shaders/decode.metal", "shaders/store.h", "shaders/row.h", "shaders/state.h"
 _VISIBLE = "shaders/visible.h"
 _CODES, _PLAN, _LAUNCH, _PIPELINE = "shaders/codes.h", "csrc/gpu/plan.cpp", "csrc/mps/encode.mm", "csrc/mps/pipeline.mm"
@@ -117,12 +118,12 @@ MUTATIONS = [
     ),
     Mutation(
         "one row of 64 is lost as it is kept",
-        _ENCODE,
+        _ENCODE_H,
         "if (position < first) tq_clear(row);",
         "if (position < first || position % 64 == 50) tq_clear(row);",
     ),
     Mutation("a NaN is counted in the mean", _ENCODE, "tq_add_row(is_there && is_finite,", "tq_add_row(is_there,"),
-    Mutation("a NaN of the tail is counted in the mean", _ENCODE, "new_begin && is_finite,", "new_begin,"),
+    Mutation("a NaN of the tail is counted in the mean", _ENCODE, "is_waiting[i] && is_finite,", "is_waiting[i],"),
     Mutation("a mean is of all positions, counted or not", _ENCODE, "max(counted, 1.0f)", "float(count)"),
     Mutation(
         "what is no more there is stored",
@@ -130,7 +131,7 @@ MUTATIONS = [
         "if (is_there) {\n        tq_store_codes",
         "if (true) {\n        tq_store_codes",
     ),
-    Mutation("sinks are not kept", _ENCODE, "if (is_there && is_sink) tq_store_half", "if (false) tq_store_half"),
+    Mutation("sinks are not kept", _ENCODE_H, "if (is_there && is_sink) tq_store_half", "if (false) tq_store_half"),
     Mutation(
         "the sink's logit is left out", _REDUCE, "if (finish.has_sinks != 0) state.sum +=", "if (false) state.sum +="
     ),

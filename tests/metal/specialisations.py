@@ -8,6 +8,7 @@ INPUTS = ("float", "half", "bfloat")
 QUERIES = (1, 2)
 MATRIX_QUERIES = (8, 16)
 MATRIX_HEAD_DIMS = (64, 128, 192, 256)
+BLOCK_HEAD_DIMS = (64, 128, 256, 512)
 
 Macros = dict[str, object]
 
@@ -47,11 +48,16 @@ def specialisations(shader: str) -> list[Macros]:
     varied = {"TQ_INPUT": INPUTS[1:], "TQ_QUERIES": MATRIX_QUERIES, "TQ_OUTPUT": INPUTS}
     for name, values in {**varied, "TQ_WHOLE": (1, 1, 0), "TQ_STAGED": (1, 0, 0)}.items():
         matrices = _with(matrices, name, values)
+    wide: dict[str, tuple[object, ...]] = {"TQ_INPUT": INPUTS, "TQ_WIDE": (1, 0)}
+    blocks = [m for m in _stores() if m["TQ_HEAD_DIM"] in BLOCK_HEAD_DIMS and m["TQ_TAIL"]]
+    for name, values in {**wide, "TQ_PIECES": (8, 4, 2, 1), "TQ_BEST": (0, 0, 1)}.items():
+        blocks = _with(blocks, name, values)
     known = {
         "attend_matrix.metal": matrices,
         "attend.metal": _with(_with(_stores(), "TQ_INPUT", INPUTS), "TQ_QUERIES", QUERIES),
         "decode.metal": _stores(),
         "encode.metal": _with(_with(_stores(), "TQ_INPUT", INPUTS), "TQ_WIDE", (1, 0)),
+        "encode_block.metal": blocks,
         "reduce.metal": _with([{**d, "TQ_OUTPUT": t} for d, t in product(head_dims, INPUTS)], "TQ_WIDE", (1, 0)),
         "rotate.metal": [{**d, "TQ_INPUT": t} for d, t in product(head_dims, INPUTS)],
     }

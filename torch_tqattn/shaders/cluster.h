@@ -47,3 +47,59 @@ static inline void tq_load_of_cluster(threadgroup const float* row, uint index, 
     out.x[i + 1] = two.y;
   }
 }
+
+// Numbers sent to all of the cluster's threadgroups, each of which waits until it has them: the sender does not wait,
+// as tq_wait_for_cluster does for all that it has written anywhere. `box` is 8 bytes of threadgroup memory.
+
+// Called early, by all threads: so many bytes are awaited.
+static inline void tq_open_box(threadgroup ulong* box, uint bytes, bool is_first_thread) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (is_first_thread) {
+    const uint here = uint(__cvta_generic_to_shared(box));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(here) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(here), "r"(bytes) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
+// Called by all threads before they send anything: all threadgroups have started.
+static inline void tq_wait_for_boxes() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// Puts four numbers where `at` is, a multiple of 16 bytes, in the cluster's threadgroup number `index`.
+static inline void tq_send(threadgroup float* at, threadgroup ulong* box, uint index, float4 x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint there, its_box;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(uint(__cvta_generic_to_shared(at))), "r"(index));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(its_box) : "r"(uint(__cvta_generic_to_shared(box))), "r"(index));
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   there),
+               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(its_box)
+               : "memory");
+#else
+  at[0] = x.x;
+  at[1] = x.y;
+  at[2] = x.z;
+  at[3] = x.w;
+#endif
+}
+
+// Waits, in all threads, for what has been sent here.
+static inline void tq_wait_for_box(threadgroup ulong* box) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint is_full = 0;
+  while (is_full == 0) {
+    asm volatile("{ .reg .pred full; mbarrier.try_wait.parity.shared::cta.b64 full, [%1], 0; selp.u32 %0, 1, 0, full; }"
+                 : "=r"(is_full)
+                 : "r"(uint(__cvta_generic_to_shared(box)))
+                 : "memory");
+  }
+#else
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#endif
+}

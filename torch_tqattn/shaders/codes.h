@@ -100,15 +100,22 @@ static inline float tq_threshold(uint i) {
 #endif
 }
 
-// How many thresholds lie below x * inverse, inverse being 1 / multiplier: the code of the nearest level.
+// A codebook as an encoder reads it: the shaders' own tables.
 template <uint bits>
-static inline uint tq_nearest(float x, float multiplier, float inverse) {
+struct TqConstantBook {
+  float threshold(uint i) const { return tq_threshold<bits>(i); }
+  float level(uint code) const { return tq_level<bits>(code) * tq_level_scale<bits>(); }
+};
+
+// How many thresholds lie below x * inverse, inverse being 1 / multiplier: the code of the nearest level.
+template <uint bits, typename Book>
+static inline uint tq_nearest(float x, float multiplier, float inverse, thread const Book& book) {
   const uint last = (1u << bits) - 2;
   const float most = tq_threshold<bits>(last);
   // Adding 1.5 * 2^23 rounds to the nearest integer, and leaves it in the low bits.
   const float rounded = tq_guess<int(bits)>(clamp(x * inverse, -most, most)) + (12582912.0f + float(last / 2));
   const uint index = as_type<uint>(rounded) & ((1u << bits) - 1u);
-  return index + (x > tq_threshold<bits>(index) * multiplier ? 1u : 0u);
+  return index + (x > book.threshold(index) * multiplier ? 1u : 0u);
 }
 
 // `plane` is the row's. All lanes of its group call it together: where a lane has less than a byte, some share one.
@@ -158,13 +165,13 @@ static inline void tq_store_codes(device uchar* row, uint lane, thread const TqC
 
 // The squared length of the part of x at right angles to the levels of its codes, when x is quantised at this multiple
 // of its scale: what is left over, less what another scale would still take off it.
-template <uint bits>
-static inline float tq_angle_error(thread const TqRow& x, uint lane, float multiplier) {
+template <uint bits, typename Book>
+static inline float tq_angle_error(thread const TqRow& x, uint lane, float multiplier, thread const Book& book) {
   const float inverse = 1.0f / multiplier;
   float left = 0.0f, along = 0.0f, length = 0.0f;
 #pragma unroll
   for (uint i = 0; i < TQ_LANE_DIMS; ++i) {
-    const float level = tq_level<bits>(tq_nearest<bits>(x.x[i], multiplier, inverse)) * tq_level_scale<bits>();
+    const float level = book.level(tq_nearest<bits>(x.x[i], multiplier, inverse, book));
     const float rest = x.x[i] - level * multiplier;
     if (tq_is_used(lane)) {
       left = fma(rest, rest, left);
@@ -178,10 +185,25 @@ static inline float tq_angle_error(thread const TqRow& x, uint lane, float multi
   return left - along * along / length;
 }
 
+// Of the scale of x, the one among kScaleMultipliers that leaves the smallest angle between x and its levels.
+template <uint bits, typename Book>
+static inline float tq_best_multiplier(thread const TqRow& x, uint lane, thread const Book& book) {
+  float multiplier = 1.0f, least = INFINITY;
+  for (uint m = 0; m < sizeof(kScaleMultipliers) / sizeof(float); ++m) {
+    const float error = tq_angle_error<bits>(x, lane, kScaleMultipliers[m], book);
+    if (error < least) {
+      least = error;
+      multiplier = kScaleMultipliers[m];
+    }
+  }
+  return multiplier;
+}
+
 // Codes of a row that the group holds, and what their levels are multiplied with in this lane's norm group: NaN if that
 // has a NaN or an infinity. All lanes of the simdgroup call it together.
-template <uint bits>
-static inline float tq_quantise(thread const TqRow& row, uint lane, uint encode, thread TqCodes& codes) {
+template <uint bits, typename Book>
+static inline float tq_quantise(thread const TqRow& row, uint lane, uint encode, thread const Book& book,
+                                thread TqCodes& codes) {
   const float size = float(TQ_HEAD_DIM / TQ_NORM_GROUPS);
   float sum = 0.0f, unit = 1.0f;
 #pragma unroll
@@ -209,29 +231,22 @@ static inline float tq_quantise(thread const TqRow& row, uint lane, uint encode,
     }
     rest = tq_sum(rest, TQ_GROUP_LANES);
     if (!is_usual) sum = rest;
-  }
-  const float root = precise::sqrt(sum / size), inverse_root = 1.0f / root;
-  const bool is_used = is_number && tq_is_used(lane);
-#pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) normalised.x[i] = is_used ? normalised.x[i] * inverse_root : 0.0f;
-
-  float multiplier = 1.0f;
-  if (encode == TQ_ENCODE_BEST) {
-    float least = INFINITY;
-    for (uint m = 0; m < sizeof(kScaleMultipliers) / sizeof(float); ++m) {
-      const float error = tq_angle_error<bits>(normalised, lane, kScaleMultipliers[m]);
-      if (error < least) {
-        least = error;
-        multiplier = kScaleMultipliers[m];
-      }
+    if (!is_number) {  // codes of zeros
+      sum = size;
+      tq_clear(normalised);
     }
   }
+  const float root = precise::sqrt(sum / size), inverse_root = 1.0f / root;
+  tq_scale(inverse_root, normalised);
+
+  float multiplier = 1.0f;
+  if (encode == TQ_ENCODE_BEST) multiplier = tq_best_multiplier<bits>(normalised, lane, book);
   const float inverse = 1.0f / multiplier;
   float length = 0.0f;
 #pragma unroll
   for (uint i = 0; i < TQ_LANE_DIMS; ++i) {
-    codes.x[i] = tq_nearest<bits>(normalised.x[i], multiplier, inverse);
-    const float level = tq_level<bits>(codes.x[i]) * tq_level_scale<bits>();
+    codes.x[i] = tq_nearest<bits>(normalised.x[i], multiplier, inverse, book);
+    const float level = book.level(codes.x[i]);
     if (tq_is_used(lane)) length = fma(level, level, length);
   }
   length = tq_sum(length, TQ_GROUP_LANES);

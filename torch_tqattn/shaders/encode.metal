@@ -8,36 +8,11 @@
 using namespace metal;
 
 #define TQ_SPREAD_ROWS
+#include "encode.h"
 #include "order.h"
-#include "params.h"
-#include "store.h"
-#include "words.h"
 
 #define TQ_AT_ONCE \
   (TQ_LANE_DIMS < 4 ? 8 : 32 / int(TQ_LANE_DIMS))  // rows of the tail that a lane reads before it adds them to a mean
-
-// Where one KV head of one side comes from and goes to.
-struct TqTarget {
-  device const TQ_INPUT* x;  // of the new tokens
-  device uchar* codes;
-  device float* norms;
-  device half* means;
-  device half* tail;
-  int first;  // position of the first token that is no padding
-  float norm_factor;
-  uint signs;  // tq_signs
-};
-
-// A row of the tail.
-static inline void tq_load_kept(device const half* row, uint lane, thread TqRow& out) {
-#if TQ_WIDE
-  uint words[TQ_LANE_DIMS / 2];
-  tq_load_words(row, lane, words);
-  tq_numbers_of_words(half(), lane, words, out);
-#else
-  tq_load(row, lane, out);
-#endif
-}
 
 // The rotated row of a position that has not been coded; half precision if it goes through the tail. All lanes of the
 // simdgroup call it together.
@@ -60,25 +35,6 @@ static inline void tq_fetch(int position, thread const TqTarget& target, constan
   }
 }
 
-static inline bool tq_is_finite(thread const TqRow& row) {
-  float nothing = 0.0f;
-#pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) nothing += row.x[i] - row.x[i];
-  return tq_sum(nothing, TQ_ROW_LANES) == 0.0f;
-}
-
-// What has been added up of a mean. Padding, sinks and tokens with a NaN or an infinity would spoil it for all others.
-struct TqSum {
-  TqRow row;
-  float counted;
-};
-
-static inline void tq_add_row(bool counts, thread const TqRow& row, thread TqSum& sum) {
-  sum.counted += counts ? 1.0f : 0.0f;
-#pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) sum.row.x[i] += counts ? row.x[i] : 0.0f;
-}
-
 // The mean of positions begin..end, rotated, as it is stored.
 static inline void tq_block_mean(int begin, int end, thread const TqTarget& target, constant TqEncodeParams& params,
                                  uint lane, uint simdgroup, uint simdgroups, threadgroup float* scratch,
@@ -86,47 +42,46 @@ static inline void tq_block_mean(int begin, int end, thread const TqTarget& targ
   TqSum sum;
   tq_clear(sum.row);
   sum.counted = 0.0f;
-  const int stride = int(simdgroups * TQ_SIMD_ROWS), ahead = int(simdgroup * TQ_SIMD_ROWS);
   const int counted_begin = clamp(target.first + int(params.sink_length), begin, end);
   const int new_begin = clamp(int(params.position), counted_begin, end);
   const uint nearest = uint(counted_begin) % max(params.tail_slots, 1u);
-  uint next = nearest + uint(ahead) + lane / TQ_ROW_LANES;
-  for (int at = counted_begin + ahead; at < new_begin; at += TQ_AT_ONCE * stride) {
-    const int position = at + int(lane / TQ_ROW_LANES);
-    TqRow rows[TQ_AT_ONCE];
-    float nothing = 0.0f;
+  for (int run = begin + int(simdgroup * TQ_RUN); run < end; run += int(simdgroups * TQ_RUN)) {
+    const int run_end = min(run + int(TQ_RUN), end), tail_end = min(run_end, new_begin);
+    for (int at = run; at < tail_end && tail_end > counted_begin; at += TQ_AT_ONCE * int(TQ_SIMD_ROWS)) {
+      const int position = at + int(lane / TQ_ROW_LANES);
+      TqRow rows[TQ_AT_ONCE];
+      bool is_waiting[TQ_AT_ONCE];
+      float nothing = 0.0f;
 #pragma unroll
-    for (int i = 0; i < TQ_AT_ONCE; ++i) {
-      while (next >= params.tail_slots) next -= params.tail_slots;
-      const uint row = position + i * stride < new_begin ? next : nearest;
-      tq_load_kept(target.tail + (params.sink_length + row) * TQ_HEAD_DIM, lane, rows[i]);
-      next += uint(stride);
+      for (int i = 0; i < TQ_AT_ONCE; ++i) {
+        const int after = position + i * int(TQ_SIMD_ROWS) - counted_begin;
+        is_waiting[i] = after >= 0 && after < tail_end - counted_begin;
+        uint row = nearest + (is_waiting[i] ? uint(after) : 0u);
+        if (row >= params.tail_slots) row -= params.tail_slots;
+        tq_load_kept(target.tail + (params.sink_length + row) * TQ_HEAD_DIM, lane, rows[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < TQ_AT_ONCE; ++i) {
+#pragma unroll
+        for (uint n = 0; n < TQ_LANE_DIMS; ++n) nothing += rows[i].x[n] - rows[i].x[n];
+      }
+      const bool are_finite = !simd_any(nothing != 0.0f);
+#pragma unroll
+      for (int i = 0; i < TQ_AT_ONCE; ++i) {
+        const bool is_finite = are_finite || tq_is_finite(rows[i]);
+        tq_add_row(is_waiting[i] && is_finite, rows[i], sum);
+      }
     }
-#pragma unroll
-    for (int i = 0; i < TQ_AT_ONCE; ++i) {
-#pragma unroll
-      for (uint n = 0; n < TQ_LANE_DIMS; ++n) nothing += rows[i].x[n] - rows[i].x[n];
-    }
-    const bool are_finite = !simd_any(nothing != 0.0f);
-#pragma unroll
-    for (int i = 0; i < TQ_AT_ONCE; ++i) {
-      const bool is_finite = are_finite || tq_is_finite(rows[i]);
-      tq_add_row(position + i * stride < new_begin && is_finite, rows[i], sum);
+    for (int at = run; at < run_end && run_end > new_begin; at += int(TQ_SIMD_ROWS)) {
+      if (at + int(TQ_SIMD_ROWS) <= new_begin) continue;
+      const int position = at + int(lane / TQ_ROW_LANES);
+      TqRow row;
+      tq_fetch(clamp(position, new_begin, end - 1), target, params, lane, row);
+      const bool is_there = position >= new_begin && position < end, is_finite = tq_is_finite(row);
+      tq_add_row(is_there && is_finite, row, sum);
     }
   }
-  for (int at = new_begin + ahead; at < end; at += stride) {
-    const int position = at + int(lane / TQ_ROW_LANES);
-    TqRow row;
-    tq_fetch(min(position, end - 1), target, params, lane, row);
-    const bool is_there = position < end, is_finite = tq_is_finite(row);
-    tq_add_row(is_there && is_finite, row, sum);
-  }
-#pragma unroll
-  for (uint step = TQ_ROW_LANES; step < TQ_SIMD_LANES; step *= 2) {
-    sum.counted += simd_shuffle_xor(sum.counted, ushort(step));
-#pragma unroll
-    for (uint i = 0; i < TQ_LANE_DIMS; ++i) sum.row.x[i] += simd_shuffle_xor(sum.row.x[i], ushort(step));
-  }
+  tq_add_up_rows(sum);
   threadgroup float* mine = scratch + simdgroup * (TQ_HEAD_DIM + 1);
   if (lane < TQ_USED_LANES) {
 #pragma unroll
@@ -178,7 +133,7 @@ static inline void tq_encode_rows(int begin, int count, int from, int to, thread
       if (is_there) tq_store_half(reinterpret_cast<device half*>(target.codes) + slot * TQ_HEAD_DIM, lane, row);
     } else {
       TqCodes codes;
-      const float norm = tq_quantise<bits>(row, lane, params.encode, codes);
+      const float norm = tq_quantise<bits>(row, lane, params.encode, TqConstantBook<bits>(), codes);
       if (is_there) {
         tq_store_codes<low, high>(target.codes + slot * TQ_ROW_BYTES(low, high), lane, codes);
         if (tq_is_used(lane) && tq_place(lane) % TQ_GROUP_LANES == 0) {
@@ -251,12 +206,6 @@ kernel void tq_keep(device const TQ_INPUT* k [[buffer(0)]], device const TQ_INPU
     TqRow row;
     tq_load(x + ulong(position - int(params.position)) * TQ_HEAD_DIM, lane, row);
     tq_rotate(lane, signs, row);
-    if (position < first) tq_clear(row);
-    const bool is_sink = tq_is_sink(position, first, params.sink_length);
-    if (is_there && is_sink) tq_store_half(tail + uint(position - first) * TQ_HEAD_DIM, lane, row);
-    if (is_sink) tq_clear(row);  // its row of the ring is not read
-    if (is_there && params.block_size != 0 && position >= int(params.coded_end)) {
-      tq_store_half(tail + tq_ring_row(position, params.sink_length, params.tail_slots) * TQ_HEAD_DIM, lane, row);
-    }
+    tq_keep_row(position, is_there, first, tail, params, lane, row);
   }
 }

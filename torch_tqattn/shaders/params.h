@@ -47,6 +47,18 @@ struct TqAttendParams {
 // Threads of a threadgroup that codes, at most.
 #define TQ_ENCODE_THREADS 512
 
+// Positions of a block that are added up one after the other; these sums then are, in their order. So a block's mean is
+// the same, bit by bit, whichever kernel finds it and however its tokens came.
+#define TQ_RUN 8u
+
+// Rows of a block that a threadgroup of encode_block.metal codes, one a simdgroup; another simdgroup keeps the new
+// token.
+#define TQ_PIECE_ROWS 16u
+#define TQ_PIECE_THREADS (32 * (TQ_PIECE_ROWS + 1))
+
+// Numbers of a codebook in its threadgroup memory: thresholds, then levels, of codes of up to 8 bits.
+#define TQ_BOOK_FLOATS 512
+
 // Threads of a threadgroup of attend_matrix.metal, by what registers they need.
 #define TQ_MATRIX_THREADS(head_dim, queries) ((head_dim) <= 128 && (queries) == 8 ? 512 : 256)
 
@@ -96,6 +108,11 @@ struct TqEncodeParams {
   uint32_t has_starts;
   float k_norm_factor;
   float v_norm_factor;
+  // For encode_block.metal, which should not have to divide.
+  uint32_t first_row;   // of the tail's ring: that of position coded_begin
+  uint32_t first_slot;  // the slot of position coded_begin
+  uint32_t mean_ring;   // rows of means
+  uint32_t keeper;      // which of the pieces keeps the new token
 };
 
 // Decoding positions start..length.

@@ -81,7 +81,8 @@ inline float sqrt(float x) { return sqrtf(x); }
 inline float tanh(float x) { return tanhf(x); }
 }  // namespace precise
 
-enum class mem_flags { mem_threadgroup };
+enum class mem_flags : uint { mem_device = 1, mem_threadgroup = 2 };
+inline mem_flags operator|(mem_flags x, mem_flags y) { return mem_flags(uint(x) | uint(y)); }
 
 inline void threadgroup_barrier(mem_flags) { __syncthreads(); }
 inline void simdgroup_barrier(mem_flags) { __syncwarp(); }

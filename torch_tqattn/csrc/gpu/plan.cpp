@@ -188,6 +188,17 @@ bool fits_in_clusters(int64_t tasks, int64_t splits, uint32_t simdgroups, const 
   return device.has_clusters && tasks * splits <= (splits == 2 ? room : room * 3 / 4);
 }
 
+// Threadgroups that encode_block.metal codes a block in; 0: it does not do what the call asks for.
+uint32_t count_pieces(const EncodeCall& call, const Device& device) {
+  const int64_t head_dim = call.inputs.front().x.size(3), tokens = call.inputs.front().x.size(2);
+  const bool is_one_row = head_dim == 64 || head_dim == 128 || head_dim == 256 || head_dim == 512;
+  const bool is_one_block = call.block_size > 0 && call.coded_end - call.coded == call.block_size;
+  if (!device.has_clusters || !is_one_row || !is_one_block || call.coded_end > call.position || tokens > 1) return 0;
+  const uint32_t pieces = power_of_two_from(divide_up(call.block_size, TQ_PIECE_ROWS));
+  // One threadgroup is no cluster, and would have nobody to send its sums to.
+  return pieces > 1 && pieces <= TQ_MOST_OF_CLUSTER ? pieces : 0;
+}
+
 Launch reduce_launch(const Tensor& partials, const OptionalTensor& sinks, const Tensor& out, const OptionalTensor& lse,
                      const TqReduceParams& params, const TqFinishParams& finish, int64_t head_dim) {
   return {{"reduce",
@@ -246,16 +257,36 @@ std::vector<Launch> plan_encode(const EncodeCall& call, const Device& device) {
   macros.emplace_back("TQ_INPUT", shader_type(k_input.scalar_type()));
   macros.emplace_back("TQ_WIDE", is_aligned(k.side.tail) && is_aligned(v.side.tail) ? "1" : "0");
   std::vector<Launch> launches;
+  std::vector<Argument> arguments{Argument(k_input), Argument(v_input)};
+  add_store(arguments, k.side);
+  add_store(arguments, v.side);
+  arguments.push_back(optional(call.starts));
+  if (const uint32_t pieces = count_pieces(call, device); pieces > 0) {
+    params.pieces = pieces;
+    params.first_row = params.coded_begin % params.tail_slots;
+    params.first_slot = params.coded_begin % params.slots;
+    params.mean_ring = params.slots / params.block_size;
+    // The new token may take the place of a row of the block: only the threadgroup that reads the row knows when.
+    const uint32_t row = (params.position - params.coded_begin) % params.tail_slots;
+    params.keeper = tokens == 0 ? pieces : row < params.block_size ? row / TQ_PIECE_ROWS : 0;
+    arguments.push_back(Argument::value(params));
+    macros.emplace_back("TQ_PIECES", std::to_string(pieces));
+    macros.emplace_back("TQ_BEST", call.encode == Encode::kBest ? "1" : "0");
+    const int64_t sums = int64_t{pieces * (TQ_PIECE_ROWS / TQ_RUN) + TQ_PIECE_ROWS} * (head_dim + 4);
+    launches.push_back({{"encode_block", "tq_encode_block", std::move(macros)},
+                        std::move(arguments),
+                        {pieces, to_count(heads, "heads"), sides},
+                        TQ_PIECE_THREADS / kSimdLanes,
+                        {padded_bytes(4 + TQ_BOOK_FLOATS + head_dim + sums)},
+                        pieces});
+    return launches;
+  }
   if (params.coded_end > params.coded_begin) {
     const uint32_t units = divide_up(params.coded_end - params.coded_begin, params.unit);
     const uint32_t simdgroups = std::clamp(divide_up(params.unit, simd_rows(head_dim)), kSimdgroups,
                                            std::max(device.encode_simdgroups, kSimdgroups));
     const int64_t pieces = device.encode_threadgroups / (int64_t{units} * heads * sides);
     params.pieces = static_cast<uint32_t>(std::clamp<int64_t>(pieces, 1, divide_up(params.unit, group_rows)));
-    std::vector<Argument> arguments{Argument(k_input), Argument(v_input)};
-    add_store(arguments, k.side);
-    add_store(arguments, v.side);
-    arguments.push_back(optional(call.starts));
     arguments.push_back(Argument::value(params));
     launches.push_back({{"encode", "tq_encode", macros},
                         std::move(arguments),
