@@ -340,9 +340,7 @@ def test_a_missing_barrier_is_noticed(name: str, index: int, tmp_path: Path) -> 
     (tmp_path / name).write_text(source.without_barrier((tmp_path / name).read_text(), index))
     shader = tmp_path / SHADER.name
     cache = filled("tq4", "tq4", 64, 400)
+    q, is_staged = queries_for(cache), (name, index) != (SHADER.name, 2)  # else that one is not needed
     with pytest.raises(KernelError, match=r"race|nobody has written"):
-        is_staged = (name, index) != (SHADER.name, 2)  # else it is not needed
-        attend_matrix(
-            cache, queries_for(cache), mode="race", shader=shader, simdgroups=8, splits=1, is_staged=is_staged
-        )
+        attend_matrix(cache, q, mode="race", shader=shader, simdgroups=8, splits=1, is_staged=is_staged)
     assert len(source.barriers(SHADER.read_text())) == 4

@@ -35,6 +35,35 @@ static inline void tq_fetch(int position, thread const TqTarget& target, constan
   }
 }
 
+static inline bool tq_is_finite(thread const TqRow& row) {
+  float nothing = 0.0f;
+#pragma unroll
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) nothing += row.x[i] - row.x[i];
+  return tq_sum(nothing, TQ_ROW_LANES) == 0.0f;
+}
+
+// What has been added up of a mean. Padding, sinks and tokens with a NaN or an infinity would spoil it for all others.
+struct TqSum {
+  TqRow row;
+  float counted;
+};
+
+static inline void tq_add_row(bool counts, thread const TqRow& row, thread TqSum& sum) {
+  sum.counted += counts ? 1.0f : 0.0f;
+#pragma unroll
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) sum.row.x[i] += counts ? row.x[i] : 0.0f;
+}
+
+// Adds up what the rows of a simdgroup have, in all of its lanes.
+static inline void tq_add_up_rows(thread TqSum& sum) {
+#pragma unroll
+  for (uint step = TQ_ROW_LANES; step < TQ_SIMD_LANES; step *= 2) {
+    sum.counted += simd_shuffle_xor(sum.counted, ushort(step));
+#pragma unroll
+    for (uint i = 0; i < TQ_LANE_DIMS; ++i) sum.row.x[i] += simd_shuffle_xor(sum.row.x[i], ushort(step));
+  }
+}
+
 // The mean of positions begin..end, rotated, as it is stored.
 static inline void tq_block_mean(int begin, int end, thread const TqTarget& target, constant TqEncodeParams& params,
                                  uint lane, uint simdgroup, uint simdgroups, threadgroup float* scratch,

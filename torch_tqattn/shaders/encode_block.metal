@@ -66,6 +66,19 @@ static inline device const half* tq_row_of_block(uint row, thread const TqTarget
   return target.tail + (params.sink_length + at) * TQ_HEAD_DIM;
 }
 
+// Whether what this lane has of a row is finite.
+static inline bool tq_has_finite_lane(thread const TqRow& row) {
+  float nothing[TQ_LANE_DIMS];
+#pragma unroll
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) nothing[i] = row.x[i] - row.x[i];
+#pragma unroll
+  for (uint step = TQ_LANE_DIMS / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (uint i = 0; i < step; ++i) nothing[i] += nothing[i + step];
+  }
+  return nothing[0] == 0.0f;
+}
+
 // Adds up what all threadgroups have read; leaves the mean, as it is stored, in each one's memory. All threads call it
 // together, after a barrier.
 static inline void tq_share_mean(thread const TqTarget& target, constant TqEncodeParams& params, uint piece,
@@ -189,7 +202,8 @@ static inline void tq_encode_piece(thread const TqTarget& target, constant TqEnc
     tq_open_book<TQ_V_BITS>(thread_index, memory.book);
   }
   if (simdgroup < TQ_PIECE_ROWS) {
-    tq_fetch_ahead(tq_row_of_block(group.x * TQ_PIECE_ROWS + simdgroup, target, params) + lane * TQ_LANE_DIMS);
+    device const half* row = tq_row_of_block(group.x * TQ_PIECE_ROWS + simdgroup, target, params);
+    tq_fetch<true>(tq_bytes(row + lane * TQ_LANE_DIMS));
   }
   tq_wait_for_boxes();
   tq_wait_for_earlier_kernels();

@@ -81,19 +81,6 @@ struct TqPiece {
   uint high_words[TQ_WORDS(high, chunk, chunks)];
 };
 
-// Has the 32 bytes at a place fetched into the first cache, or into the second one, which all processors share: there
-// they may be before earlier kernels have ended, as what these still write is seen there.
-template <bool is_shared>
-static inline void tq_fetch(device const uchar* bytes) {
-#ifdef __CUDA_ARCH__
-  if (is_shared) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(bytes));
-  } else {
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(bytes));
-  }
-#endif
-}
-
 // Has a mean fetched, so that it is near when it is read.
 static inline void tq_fetch_mean(device const half* mean, uint lane) {
   if (lane < TQ_HEAD_DIM / 16) tq_fetch<false>(tq_bytes(mean + 16 * lane));

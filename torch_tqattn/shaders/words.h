@@ -13,6 +13,19 @@ static inline device const uchar* tq_bytes(device const T* numbers) {
   return reinterpret_cast<device const uchar*>(numbers);
 }
 
+// Has the 32 bytes at a place fetched into the first cache, or into the second one, which all processors share: there
+// they may be before earlier kernels have ended, as what these still write is seen there.
+template <bool is_shared>
+static inline void tq_fetch(device const uchar* bytes) {
+#ifdef __CUDA_ARCH__
+  if (is_shared) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(bytes));
+  } else {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(bytes));
+  }
+#endif
+}
+
 // Where rows are read from: memory of the device, or of the threadgroup.
 struct TqFar {
   device const uchar* bytes;
