@@ -53,7 +53,7 @@ check-sdk: $(TOOLS)
 check-cuda: $(TOOLS)
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    $(BIN)/python -m pytest -p no:cacheprovider -k 'cuda and (test_kernels or half_precision)' \
+	    $(BIN)/python -m pytest -p no:cacheprovider -k 'cuda and (test_kernels or half_precision or codes_a_block)' \
 	      tests/test_kernels.py tests/test_cuda.py || exit 1; \
 	done
 

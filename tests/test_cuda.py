@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import same_state
 from oracle import float32_bound, relative_error
 from stores import clone, empty_stores
 from test_kernels import BATCH, KV_HEADS, SAMPLES, Sample, encode_on_both
@@ -91,6 +92,35 @@ def test_half_precision_queries_of_long_caches(head_dim: int, tokens: int) -> No
         for heads, queries in ((8, 1), (8, 4)):
             q = torch.randn(1, heads, queries, head_dim, device="cuda", dtype=torch.half)
             check_half_queries(q, {"sinks": torch.randn(heads, device="cuda")}, cache, cache)
+
+
+# A step that codes a block, which another kernel serves where a GPU has clusters
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "formats", "settings"),
+    [
+        (64, ("tq8", "tq4"), {"block_size": 32}),
+        (128, ("tq4", "tq4"), {"block_size": 128}),
+        (128, ("tq5", "tq2"), {"block_size": 64, "window": 100}),
+        (256, ("tq8", "tq8"), {"block_size": 128, "sink_length": 0}),
+        (256, ("f16", "tq6"), {"block_size": 40, "residual_length": 9}),
+        (512, ("tq3", "f16"), {"block_size": 17, "encode": "best"}),
+    ],
+    ids=str,
+)
+def test_a_step_that_codes_a_block(head_dim: int, formats: tuple[str, str], settings: dict[str, Any]) -> None:
+    """Its bytes are those of the kernels that code a prompt; with padding, and a NaN in the block."""
+    before = 2 * settings["block_size"] + settings.get("residual_length", 0)
+    k, v = torch.randn(2, 2, 2, before + 2, head_dim, device="cuda", dtype=torch.half)
+    k[1, 0, before - 12, 3] = float("nan")
+    whole, stepped = (tq.KVCache(2, 2, head_dim, 400, *formats, device="cuda", **settings) for _ in range(2))
+    whole.append(k, v, [0, 5])
+    stepped.append(k[:, :, :before], v[:, :, :before], [0, 5])
+    for i in (before, before + 1):
+        stepped.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+    assert whole._coded == stepped._coded == 2 * settings["block_size"]
+    assert same_state(whole.state_dict(), stepped.state_dict())
 
 
 # Streams and threads
