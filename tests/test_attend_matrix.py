@@ -11,27 +11,19 @@ import torch
 from metal import needs, source
 from metal.executed.compile import compile_shader
 from metal.executed.runner import KernelError, Library
+from metal.specialisations import MATRIX_HEAD_DIMS, side_macros
 from torch import Tensor
 
 import torch_tqattn as tq
 from torch_tqattn import format as fmt
 
 TYPES = {torch.float16: "half", torch.bfloat16: "bfloat"}
-HEAD_DIMS = (64, 128, 192, 256)
 SHADER = source.SHADERS / "attend_matrix.metal"
 
 
 @pytest.fixture(autouse=True)
 def _tools() -> None:
     needs.cpp_compiler()
-
-
-def side_macros(side: str, storage: fmt.Format, means: Tensor | None) -> dict[str, object]:
-    low, high = (*storage.planes, 0)[:2] if storage.is_coded else (16, 0)
-    bits = storage.bits if storage.is_coded else 16
-    return {f"TQ_{side}_BITS": bits, f"TQ_{side}_LOW": low, f"TQ_{side}_HIGH": high} | {
-        f"TQ_{side}_MEANS": int(means is not None)
-    }
 
 
 def table_entries(storage: fmt.Format) -> int:
@@ -68,8 +60,8 @@ def attend_matrix(
     sides = (cache._k, cache._v)
     macros: dict[str, object] = {
         "TQ_HEAD_DIM": head_dim,
-        **side_macros("K", config.formats[0], sides[0].means),
-        **side_macros("V", config.formats[1], sides[1].means),
+        **side_macros("K", config.formats[0], sides[0].means is not None),
+        **side_macros("V", config.formats[1], sides[1].means is not None),
         "TQ_TAIL": int(sides[0].tail is not None),
         "TQ_EXACT_LEVELS": 0,
         "TQ_INPUT": TYPES[q.dtype],
@@ -175,7 +167,7 @@ def queries_for(cache: tq.KVCache, heads: int = 8, tokens: int = 1, dtype: torch
     return torch.randn(config.batch_size, heads, tokens, config.head_dim, generator=generator).to(dtype)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", MATRIX_HEAD_DIMS)
 @pytest.mark.parametrize(("k_format", "v_format"), [("tq4", "tq4"), ("tq8", "tq4"), ("f16", "tq8")])
 def test_head_dims(head_dim: int, k_format: str, v_format: str) -> None:
     cache = filled(k_format, v_format, head_dim)
@@ -245,7 +237,7 @@ def test_softcap() -> None:
     check(cache, queries_for(cache), softcap=5.0)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", MATRIX_HEAD_DIMS)
 def test_one_part(head_dim: int) -> None:
     """The kernel also does what reduce.metal does."""
     cache = filled("tq4", "tq8", head_dim, 100, 2)

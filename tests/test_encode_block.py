@@ -14,13 +14,13 @@ import torch
 from metal import needs, source
 from metal.executed.compile import compile_shader
 from metal.executed.runner import KernelError, Library
+from metal.specialisations import BLOCK_HEAD_DIMS, side_macros
 from torch import Tensor
 
 import torch_tqattn as tq
 from torch_tqattn import format as fmt
 
 TYPES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
-HEAD_DIMS = (64, 128, 256, 512)
 PIECE_ROWS, RUN, BOOK = 16, 8, 512  # shaders/params.h
 SHADER = source.SHADERS / "encode_block.metal"
 
@@ -28,12 +28,6 @@ SHADER = source.SHADERS / "encode_block.metal"
 @pytest.fixture(autouse=True)
 def _tools() -> None:
     needs.cpp_compiler()
-
-
-def side_macros(side: str, storage: fmt.Format) -> dict[str, object]:
-    low, high = (*storage.planes, 0)[:2] if storage.is_coded else (16, 0)
-    widths = {f"TQ_{side}_BITS": storage.bits, f"TQ_{side}_LOW": low, f"TQ_{side}_HIGH": high}
-    return {**widths, f"TQ_{side}_MEANS": int(storage.is_coded)}
 
 
 def append(
@@ -52,8 +46,8 @@ def append(
     begin, end = cache._coded, cache._coded + config.block
     macros: dict[str, object] = {
         "TQ_HEAD_DIM": head_dim,
-        **side_macros("K", config.formats[0]),
-        **side_macros("V", config.formats[1]),
+        **side_macros("K", config.formats[0], config.formats[0].is_coded),
+        **side_macros("V", config.formats[1], config.formats[1].is_coded),
         "TQ_TAIL": 1,
         "TQ_EXACT_LEVELS": 0,
         "TQ_INPUT": TYPES[k.dtype],
@@ -155,9 +149,9 @@ def check(
         assert is_apart.float().mean() < 0.03
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", BLOCK_HEAD_DIMS)
 def test_head_dims(head_dim: int) -> None:
-    check("tq8", "tq4", head_dim, list(TYPES)[HEAD_DIMS.index(head_dim) % len(TYPES)])
+    check("tq8", "tq4", head_dim, list(TYPES)[BLOCK_HEAD_DIMS.index(head_dim) % len(TYPES)])
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,16 @@ BLOCK_HEAD_DIMS = (64, 128, 256, 512)
 Macros = dict[str, object]
 
 
-def _side(side: str, name: str, blocks: bool) -> Macros:
+def side_macros(side: str, storage: fmt.Format, has_means: bool) -> Macros:
     """How K or V is stored."""
-    storage = fmt.FORMATS[name]
     low, high = (*storage.planes, 0)[:2]
     widths = {f"TQ_{side}_BITS": storage.bits, f"TQ_{side}_LOW": low, f"TQ_{side}_HIGH": high}
-    return {**widths, f"TQ_{side}_MEANS": int(blocks and storage.is_coded)}
+    return {**widths, f"TQ_{side}_MEANS": int(has_means)}
+
+
+def _side(side: str, name: str, blocks: bool) -> Macros:
+    storage = fmt.FORMATS[name]
+    return side_macros(side, storage, blocks and storage.is_coded)
 
 
 def _stores() -> list[Macros]:

@@ -53,8 +53,8 @@ template <uint bits>
 static inline void tq_open_book(uint thread_index, threadgroup float* book) {
   const uint codes = bits == 16 ? 0 : 1u << (bits % 16);
   for (uint i = thread_index; i < codes; i += TQ_PIECE_THREADS) {
-    book[i] = tq_threshold<bits>(min(i, codes - 2));
-    book[TQ_BOOK_FLOATS / 2 + i] = tq_level<bits>(i) * tq_level_scale<bits>();
+    book[i] = TqConstantBook<bits>().threshold(min(i, codes - 2));
+    book[TQ_BOOK_FLOATS / 2 + i] = TqConstantBook<bits>().level(i);
   }
 }
 

@@ -191,7 +191,8 @@ bool fits_in_clusters(int64_t tasks, int64_t splits, uint32_t simdgroups, const 
 // Threadgroups that encode_block.metal codes a block in; 0: it does not do what the call asks for.
 uint32_t count_pieces(const EncodeCall& call, const Device& device) {
   const int64_t head_dim = call.inputs.front().x.size(3), tokens = call.inputs.front().x.size(2);
-  const bool is_one_row = head_dim == 64 || head_dim == 128 || head_dim == 256 || head_dim == 512;
+  // Of such head dims a simdgroup holds one row, spread over all of its lanes.
+  const bool is_one_row = exact_log2(static_cast<uint32_t>(head_dim)) > 0;
   const bool is_one_block = call.block_size > 0 && call.coded_end - call.coded == call.block_size;
   if (!device.has_clusters || !is_one_row || !is_one_block || call.coded_end > call.position || tokens > 1) return 0;
   const uint32_t pieces = power_of_two_from(divide_up(call.block_size, TQ_PIECE_ROWS));
@@ -257,12 +258,14 @@ std::vector<Launch> plan_encode(const EncodeCall& call, const Device& device) {
   macros.emplace_back("TQ_INPUT", shader_type(k_input.scalar_type()));
   macros.emplace_back("TQ_WIDE", is_aligned(k.side.tail) && is_aligned(v.side.tail) ? "1" : "0");
   std::vector<Launch> launches;
-  std::vector<Argument> arguments{Argument(k_input), Argument(v_input)};
-  add_store(arguments, k.side);
-  add_store(arguments, v.side);
-  arguments.push_back(optional(call.starts));
+  std::vector<Argument> arguments;
+  if (params.coded_end > params.coded_begin) {
+    arguments = {Argument(k_input), Argument(v_input)};
+    add_store(arguments, k.side);
+    add_store(arguments, v.side);
+    arguments.push_back(optional(call.starts));
+  }
   if (const uint32_t pieces = count_pieces(call, device); pieces > 0) {
-    params.pieces = pieces;
     params.first_row = params.coded_begin % params.tail_slots;
     params.first_slot = params.coded_begin % params.slots;
     params.mean_ring = params.slots / params.block_size;
