@@ -51,23 +51,26 @@ static inline void tq_load_of_cluster(threadgroup const float* row, uint index, 
 // Numbers sent to all of the cluster's threadgroups, each of which waits until it has them: the sender does not wait,
 // as tq_wait_for_cluster does for all that it has written anywhere. `box` is 8 bytes of threadgroup memory.
 
-// Called early, by all threads: so many bytes are awaited.
-static inline void tq_open_box(threadgroup ulong* box, uint bytes, bool is_first_thread) {
+// Called early, by all threads.
+static inline void tq_open_box(threadgroup ulong* box, bool is_first_thread) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (is_first_thread) {
-    const uint here = uint(__cvta_generic_to_shared(box));
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(here) : "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(here), "r"(bytes) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(uint(__cvta_generic_to_shared(box))) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 
-// Called by all threads before they send anything: all threadgroups have started.
-static inline void tq_wait_for_boxes() {
+// Called by all threads before they send anything: all threadgroups have started. So many bytes are awaited here.
+static inline void tq_wait_for_boxes(threadgroup ulong* box, uint bytes, bool is_first_thread) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  if (is_first_thread) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(uint(__cvta_generic_to_shared(box))),
+                 "r"(bytes)
+                 : "memory");
+  }
 #endif
 }
 

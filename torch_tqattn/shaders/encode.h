@@ -19,6 +19,11 @@ struct TqTarget {
   uint signs;  // tq_signs
 };
 
+// A division would take its time, and would change the bytes of a NaN.
+static inline float tq_stored_norm(float norm, thread const TqTarget& target) {
+  return target.norm_factor == 1.0f ? norm : norm / target.norm_factor;
+}
+
 // A row of the tail.
 static inline void tq_load_kept(device const half* row, uint lane, thread TqRow& out) {
 #if TQ_WIDE

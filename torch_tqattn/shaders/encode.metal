@@ -166,7 +166,7 @@ static inline void tq_encode_rows(int begin, int count, int from, int to, thread
       if (is_there) {
         tq_store_codes<low, high>(target.codes + slot * TQ_ROW_BYTES(low, high), lane, codes);
         if (tq_is_used(lane) && tq_place(lane) % TQ_GROUP_LANES == 0) {
-          target.norms[slot * TQ_NORM_GROUPS + tq_place(lane) / TQ_GROUP_LANES] = norm / target.norm_factor;
+          target.norms[slot * TQ_NORM_GROUPS + tq_place(lane) / TQ_GROUP_LANES] = tq_stored_norm(norm, target);
         }
       }
     }

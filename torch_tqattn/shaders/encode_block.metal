@@ -165,8 +165,7 @@ static inline void tq_encode_piece(thread const TqTarget& target, constant TqEnc
     const float norm = tq_quantise<bits>(row, lane, encode, book, codes);
     tq_store_codes<low, high>(target.codes + slot * TQ_ROW_BYTES(low, high), lane, codes);
     if (lane % TQ_GROUP_LANES == 0) {
-      target.norms[slot * TQ_NORM_GROUPS + lane / TQ_GROUP_LANES] =
-          target.norm_factor == 1.0f ? norm : norm / target.norm_factor;
+      target.norms[slot * TQ_NORM_GROUPS + lane / TQ_GROUP_LANES] = tq_stored_norm(norm, target);
     }
   }
 }
@@ -183,7 +182,7 @@ static inline void tq_encode_piece(thread const TqTarget& target, constant TqEnc
     uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   const uint thread_index = simdgroup * TQ_SIMD_LANES + lane;
   const TqBlockMemory memory = tq_block_memory(reinterpret_cast<threadgroup float*>(scratch));
-  tq_open_box(memory.box, TQ_PIECES * TQ_PIECE_RUNS * TQ_SUM_FLOATS * 4, thread_index == 0);
+  tq_open_box(memory.box, thread_index == 0);
   const bool is_k = group.z == 0;
   const ulong head = group.y;
   const ulong bytes =
@@ -205,7 +204,7 @@ static inline void tq_encode_piece(thread const TqTarget& target, constant TqEnc
     device const half* row = tq_row_of_block(group.x * TQ_PIECE_ROWS + simdgroup, target, params);
     tq_fetch<true>(tq_bytes(row + lane * TQ_LANE_DIMS));
   }
-  tq_wait_for_boxes();
+  tq_wait_for_boxes(memory.box, TQ_PIECES * TQ_PIECE_RUNS * TQ_SUM_FLOATS * 4, thread_index == 0);
   tq_wait_for_earlier_kernels();
   target.first = params.has_starts != 0 ? max(starts[group.y / params.num_kv_heads], 0) : 0;
   if (is_k || TQ_SAME_SIDES) {
