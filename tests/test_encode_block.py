@@ -59,7 +59,8 @@ def append(
         *(heads, tokens, config.slots, config.tail_slots, config.sink_rows, config.block, cache._length, begin, end),
         *(config.block, 1, 8, fmt.ENCODES.index(config.encode), cache._starts is not None),
     )
-    rings = (begin % config.tail_slots, begin % config.slots, config.slots // config.block, 0 if tokens else 1)
+    first_slot, means = begin % config.slots, config.slots // config.block
+    rings = (begin % config.tail_slots, first_slot, means, first_slot // config.block, 0 if tokens else 1)
     params = np.array(numbers, np.uint32).tobytes() + np.ones(2, np.float32).tobytes()
     params += np.array(rings, np.uint32).tobytes()
     nothing = np.zeros(16, np.uint8)
@@ -69,13 +70,13 @@ def append(
     grid = (1, batch * heads, 2)
     if is_fused:
         more = {"TQ_PIECES": 1, "TQ_BEST": int(config.encode == "best")}
-        memory = 4 + BOOK + head_dim + (PIECE_ROWS // RUN + PIECE_ROWS) * (head_dim + 4)
+        memory = 4 + BOOK + head_dim + (1 + PIECE_ROWS) * (head_dim + 4)
         Library(compile_shader(shader, {**macros, **more}, mode)).kernel("tq_encode_block").dispatch(
             [*new, *stores[0], *stores[1], starts, params], [4 * memory], grid, (32 * (PIECE_ROWS + 1), 1, 1), seed
         )
     else:
         library = Library(compile_shader(source.SHADERS / "encode.metal", macros, mode))
-        simdgroups = max(4, -(-config.block // RUN))
+        simdgroups = 2 * max(2, -(-config.block // (2 * RUN)))
         library.kernel("tq_encode").dispatch(
             [*new, *stores[0], *stores[1], starts, params],
             [4 * simdgroups * (head_dim + 1)],

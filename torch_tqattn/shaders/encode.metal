@@ -122,9 +122,11 @@ static inline void tq_block_mean(int begin, int end, thread const TqTarget& targ
   for (uint dim = simdgroup * TQ_SIMD_LANES + lane; dim < TQ_HEAD_DIM; dim += simdgroups * TQ_SIMD_LANES) {
     float number = 0.0f, counted = 0.0f;
 #pragma unroll 4
-    for (uint s = 0; s < simdgroups; ++s) {
-      number += scratch[s * (TQ_HEAD_DIM + 1) + dim];
-      counted += scratch[s * (TQ_HEAD_DIM + 1) + TQ_HEAD_DIM];
+    for (uint s = 0; s < simdgroups; s += 2) {
+      threadgroup const float* one = scratch + s * (TQ_HEAD_DIM + 1);
+      threadgroup const float* other = one + TQ_HEAD_DIM + 1;
+      number += one[dim] + other[dim];
+      counted += one[TQ_HEAD_DIM] + other[TQ_HEAD_DIM];
     }
     scratch[dim] = float(half(tq_saturated(number / max(counted, 1.0f))));
   }
@@ -175,7 +177,7 @@ static inline void tq_encode_rows(int begin, int count, int from, int to, thread
 
 // params.pieces threadgroups: positions params.coded_begin + params.unit * (group.x / params.pieces) on, as many as
 // params.unit, of head group.y (sequence * KV heads + KV head), side group.z. Each finds their mean, and codes its
-// piece. scratch: TQ_HEAD_DIM + 1 floats for each simdgroup.
+// piece. scratch: TQ_HEAD_DIM + 1 floats for each simdgroup, of which there is an even number.
 [[max_total_threads_per_threadgroup(TQ_ENCODE_THREADS)]] kernel void tq_encode(
     device const TQ_INPUT* k [[buffer(0)]], device const TQ_INPUT* v [[buffer(1)]], device uchar* k_codes [[buffer(2)]],
     device float* k_norms [[buffer(3)]], device half* k_means [[buffer(4)]], device half* k_tail [[buffer(5)]],

@@ -14,11 +14,9 @@ using namespace metal;
 #include "encode.h"
 #include "order.h"
 
-// Whether one text does for K and V: half of the instructions to fetch.
-#define TQ_SAME_SIDES \
-  (TQ_K_BITS == TQ_V_BITS && TQ_K_LOW == TQ_V_LOW && TQ_K_HIGH == TQ_V_HIGH && TQ_K_MEANS == TQ_V_MEANS)
+// Whether one text codes K's rows and V's: fewer instructions to fetch.
+#define TQ_SAME_SIDES (TQ_K_BITS == TQ_V_BITS && TQ_K_LOW == TQ_V_LOW && TQ_K_HIGH == TQ_V_HIGH)
 
-#define TQ_PIECE_RUNS (TQ_PIECE_ROWS / TQ_RUN)
 #define TQ_SUM_FLOATS (TQ_HEAD_DIM + 4)  // of rows that have been added up, and how many they are, four times
 #define TQ_SUM_QUADS (TQ_SUM_FLOATS / 4)
 
@@ -27,7 +25,7 @@ struct TqBlockMemory {
   threadgroup ulong* box;  // knows when all sums are there
   threadgroup float* book;
   threadgroup float* mean;
-  threadgroup float* sums;  // of each run of the block
+  threadgroup float* sums;  // of each threadgroup's rows
   threadgroup float* rows;  // that the threadgroup has read
 };
 
@@ -37,7 +35,7 @@ static inline TqBlockMemory tq_block_memory(threadgroup float* scratch) {
   memory.book = scratch + 4;
   memory.mean = memory.book + TQ_BOOK_FLOATS;
   memory.sums = memory.mean + TQ_HEAD_DIM;
-  memory.rows = memory.sums + TQ_PIECES * TQ_PIECE_RUNS * TQ_SUM_FLOATS;
+  memory.rows = memory.sums + TQ_PIECES * TQ_SUM_FLOATS;
   return memory;
 }
 
@@ -79,23 +77,31 @@ static inline bool tq_has_finite_lane(thread const TqRow& row) {
   return nothing[0] == 0.0f;
 }
 
+static inline void tq_add_four(float4 x, thread float4& sum) {
+  sum.x += x.x;
+  sum.y += x.y;
+  sum.z += x.z;
+  sum.w += x.w;
+}
+
+// Four numbers of each row of a run, which begin at `first`.
+static inline float4 tq_sum_of_run(threadgroup const float* first) {
+  float4 sum = *reinterpret_cast<threadgroup const float4*>(first);
+#pragma unroll
+  for (uint i = 1; i < TQ_RUN; ++i) {
+    tq_add_four(*reinterpret_cast<threadgroup const float4*>(first + i * TQ_SUM_FLOATS), sum);
+  }
+  return sum;
+}
+
 // Adds up what all threadgroups have read; leaves the mean, as it is stored, in each one's memory. All threads call it
 // together, after a barrier.
-static inline void tq_share_mean(thread const TqTarget& target, constant TqEncodeParams& params, uint piece,
-                                 uint thread_index, thread const TqBlockMemory& memory) {
-  if (thread_index < TQ_PIECE_RUNS * TQ_SUM_QUADS) {
-    const uint run = thread_index / TQ_SUM_QUADS, at = thread_index % TQ_SUM_QUADS * 4;
-    threadgroup const float* its = memory.rows + run * TQ_RUN * TQ_SUM_FLOATS + at;
-    float4 sum = *reinterpret_cast<threadgroup const float4*>(its);
-#pragma unroll
-    for (uint i = 1; i < TQ_RUN; ++i) {
-      const float4 row = *reinterpret_cast<threadgroup const float4*>(its + i * TQ_SUM_FLOATS);
-      sum.x += row.x;
-      sum.y += row.y;
-      sum.z += row.z;
-      sum.w += row.w;
-    }
-    threadgroup float* there = memory.sums + (piece * TQ_PIECE_RUNS + run) * TQ_SUM_FLOATS + at;
+static inline void tq_share_mean(uint piece, uint thread_index, thread const TqBlockMemory& memory) {
+  if (thread_index < TQ_SUM_QUADS) {
+    threadgroup const float* its = memory.rows + thread_index * 4;
+    float4 sum = tq_sum_of_run(its);
+    tq_add_four(tq_sum_of_run(its + TQ_RUN * TQ_SUM_FLOATS), sum);
+    threadgroup float* there = memory.sums + piece * TQ_SUM_FLOATS + thread_index * 4;
 #pragma unroll
     for (uint p = 0; p < TQ_PIECES; ++p) tq_send(there, memory.box, p, sum);
   }
@@ -103,70 +109,28 @@ static inline void tq_share_mean(thread const TqTarget& target, constant TqEncod
   if (thread_index < TQ_HEAD_DIM) {
     float number = 0.0f, counted = 0.0f;
 #pragma unroll
-    for (uint run = 0; run < TQ_PIECES * TQ_PIECE_RUNS; ++run) {
-      number += memory.sums[run * TQ_SUM_FLOATS + thread_index];
-      counted += memory.sums[run * TQ_SUM_FLOATS + TQ_HEAD_DIM];
+    for (uint p = 0; p < TQ_PIECES; ++p) {
+      number += memory.sums[p * TQ_SUM_FLOATS + thread_index];
+      counted += memory.sums[p * TQ_SUM_FLOATS + TQ_HEAD_DIM];
     }
-    const half mean = half(tq_saturated(number / max(counted, 1.0f)));
-    memory.mean[thread_index] = float(mean);
-    if (piece == 0) target.means[params.first_slot / params.block_size * TQ_HEAD_DIM + thread_index] = mean;
+    memory.mean[thread_index] = float(half(tq_saturated(number / max(counted, 1.0f))));
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-template <uint bits, uint low, uint high, bool has_means>
-static inline void tq_encode_piece(thread const TqTarget& target, constant TqEncodeParams& params, uint piece,
-                                   uint lane, uint simdgroup, thread const TqBlockMemory& memory) {
-  const uint index = piece * TQ_PIECE_ROWS + simdgroup, slot = params.first_slot + index;
-  const bool codes_row = simdgroup < TQ_PIECE_ROWS, is_there = codes_row && index < params.block_size;
-  const bool keeps = !codes_row && piece == params.keeper;
-  // Padding and sinks are stored as zeros.
-  const bool is_kept = int(params.coded_begin + index) >= target.first + int(params.sink_length);
-  TqRow row;
-  if (codes_row) {
-    tq_load_kept(tq_row_of_block(index, target, params), lane, row);
-  } else if (keeps) {
-    tq_load(target.x, lane, row);
-  }
-  if (has_means && codes_row) {
-    TqRow counted = row;
-    const bool counts = is_there && is_kept && !simd_any(!tq_has_finite_lane(row));
-    if (!counts) tq_clear(counted);
-    threadgroup float* mine = memory.rows + simdgroup * TQ_SUM_FLOATS;
-    if (tq_is_used(lane)) {
-#pragma unroll
-      for (uint i = 0; i < TQ_LANE_DIMS; ++i) mine[lane * TQ_LANE_DIMS + i] = counted.x[i];
-    }
-    if (lane < 4) mine[TQ_HEAD_DIM + lane] = counts ? 1.0f : 0.0f;
-  }
-  threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
-  TqRow mean;
-  tq_clear(mean);
-  if (has_means) {
-    tq_share_mean(target, params, piece, simdgroup * TQ_SIMD_LANES + lane, memory);
-#pragma unroll
-    for (uint i = 0; i < TQ_LANE_DIMS; ++i) mean.x[i] = memory.mean[lane * TQ_LANE_DIMS + i];
-  }
-  if (keeps) {  // perhaps in the place of a row that has been read by now
-    tq_rotate(lane, target.signs, row);
-    tq_keep_row(int(params.position), true, target.first, target.tail, params, lane, row);
-  }
-  if (!is_there) return;
-#pragma unroll
-  for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] -= mean.x[i];
-  if (!is_kept) tq_clear(row);
+// Stores a row, less its mean, in its slot.
+template <uint bits, uint low, uint high>
+static inline void tq_code_row(thread const TqRow& row, uint slot, thread const TqTarget& target, uint encode,
+                               uint lane, thread const TqNearBook& book) {
   if (bits == 16) {
     tq_store_half(reinterpret_cast<device half*>(target.codes) + slot * TQ_HEAD_DIM, lane, row);
-  } else {
-    TqNearBook book;
-    book.numbers = memory.book;
-    TqCodes codes;
-    const uint encode = TQ_BEST ? TQ_ENCODE_BEST : params.encode == TQ_ENCODE_PLAIN ? TQ_ENCODE_PLAIN : TQ_ENCODE_FAST;
-    const float norm = tq_quantise<bits>(row, lane, encode, book, codes);
-    tq_store_codes<low, high>(target.codes + slot * TQ_ROW_BYTES(low, high), lane, codes);
-    if (lane % TQ_GROUP_LANES == 0) {
-      target.norms[slot * TQ_NORM_GROUPS + lane / TQ_GROUP_LANES] = tq_stored_norm(norm, target);
-    }
+    return;
+  }
+  TqCodes codes;
+  const float norm = tq_quantise<bits>(row, lane, encode, book, codes);
+  tq_store_codes<low, high>(target.codes + slot * TQ_ROW_BYTES(low, high), lane, codes);
+  if (lane % TQ_GROUP_LANES == 0) {
+    target.norms[slot * TQ_NORM_GROUPS + lane / TQ_GROUP_LANES] = tq_stored_norm(norm, target);
   }
 }
 
@@ -200,16 +164,55 @@ static inline void tq_encode_piece(thread const TqTarget& target, constant TqEnc
   } else {
     tq_open_book<TQ_V_BITS>(thread_index, memory.book);
   }
-  if (simdgroup < TQ_PIECE_ROWS) {
-    device const half* row = tq_row_of_block(group.x * TQ_PIECE_ROWS + simdgroup, target, params);
-    tq_fetch<true>(tq_bytes(row + lane * TQ_LANE_DIMS));
-  }
-  tq_wait_for_boxes(memory.box, TQ_PIECES * TQ_PIECE_RUNS * TQ_SUM_FLOATS * 4, thread_index == 0);
+  const uint index = group.x * TQ_PIECE_ROWS + simdgroup;
+  const bool codes_row = simdgroup < TQ_PIECE_ROWS, is_there = codes_row && index < params.block_size;
+  const bool keeps = !codes_row && group.x == params.keeper;
+  device const half* waiting = tq_row_of_block(index, target, params);
+  if (codes_row) tq_fetch<true>(tq_bytes(waiting + lane * TQ_LANE_DIMS));
+  tq_wait_for_boxes(memory.box, TQ_PIECES * TQ_SUM_FLOATS * 4, thread_index == 0);
   tq_wait_for_earlier_kernels();
+
   target.first = params.has_starts != 0 ? max(starts[group.y / params.num_kv_heads], 0) : 0;
+  // Padding and sinks are stored as zeros.
+  const bool is_kept = int(params.coded_begin + index) >= target.first + int(params.sink_length);
+  TqRow row, mean;
+  if (codes_row) {
+    tq_load_kept(waiting, lane, row);
+  } else if (keeps) {
+    tq_load(target.x, lane, row);
+  }
+  const bool has_means = is_k ? TQ_K_MEANS : TQ_V_MEANS;
+  if (has_means && codes_row) {
+    TqRow counted = row;
+    const bool counts = is_there && is_kept && !simd_any(!tq_has_finite_lane(row));
+    if (!counts) tq_clear(counted);
+    threadgroup float* mine = memory.rows + simdgroup * TQ_SUM_FLOATS;
+#pragma unroll
+    for (uint i = 0; i < TQ_LANE_DIMS; ++i) mine[lane * TQ_LANE_DIMS + i] = counted.x[i];
+    if (lane < 4) mine[TQ_HEAD_DIM + lane] = counts ? 1.0f : 0.0f;
+  }
+  threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
+  tq_clear(mean);
+  if (has_means) {
+    tq_share_mean(group.x, thread_index, memory);
+#pragma unroll
+    for (uint i = 0; i < TQ_LANE_DIMS; ++i) mean.x[i] = memory.mean[lane * TQ_LANE_DIMS + i];
+  }
+  if (keeps) {  // perhaps in the place of a row that has been read by now
+    tq_rotate(lane, target.signs, row);
+    tq_keep_row(int(params.position), true, target.first, target.tail, params, lane, row);
+  }
+  if (!is_there) return;
+  if (has_means && index == 0) tq_store_half(target.means + params.first_mean * TQ_HEAD_DIM, lane, mean);
+#pragma unroll
+  for (uint i = 0; i < TQ_LANE_DIMS; ++i) row.x[i] = is_kept ? row.x[i] - mean.x[i] : 0.0f;
+  TqNearBook book;
+  book.numbers = memory.book;
+  const uint slot = params.first_slot + index;
+  const uint encode = TQ_BEST ? TQ_ENCODE_BEST : params.encode == TQ_ENCODE_PLAIN ? TQ_ENCODE_PLAIN : TQ_ENCODE_FAST;
   if (is_k || TQ_SAME_SIDES) {
-    tq_encode_piece<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH, TQ_K_MEANS>(target, params, group.x, lane, simdgroup, memory);
+    tq_code_row<TQ_K_BITS, TQ_K_LOW, TQ_K_HIGH>(row, slot, target, encode, lane, book);
   } else {
-    tq_encode_piece<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH, TQ_V_MEANS>(target, params, group.x, lane, simdgroup, memory);
+    tq_code_row<TQ_V_BITS, TQ_V_LOW, TQ_V_HIGH>(row, slot, target, encode, lane, book);
   }
 }

@@ -47,13 +47,13 @@ struct TqAttendParams {
 // Threads of a threadgroup that codes, at most.
 #define TQ_ENCODE_THREADS 512
 
-// Positions of a block that are added up one after the other; these sums then are, in their order. So a block's mean is
-// the same, bit by bit, whichever kernel finds it and however its tokens came.
+// Positions of a block that are added up one after the other. Then pairs of these sums are added up, and these one
+// after the other: so a block's mean is the same, bit by bit, whichever kernel finds it and however its tokens came.
 #define TQ_RUN 8u
 
-// Rows of a block that a threadgroup of encode_block.metal codes, one a simdgroup; another simdgroup keeps the new
-// token.
-#define TQ_PIECE_ROWS 16u
+// Rows of a block that a threadgroup of encode_block.metal codes, one a simdgroup: two runs. Another simdgroup keeps
+// the new token.
+#define TQ_PIECE_ROWS (2 * TQ_RUN)
 #define TQ_PIECE_THREADS (32 * (TQ_PIECE_ROWS + 1))
 
 // Numbers of a codebook in its threadgroup memory: thresholds, then levels, of codes of up to 8 bits.
@@ -112,6 +112,7 @@ struct TqEncodeParams {
   uint32_t first_row;   // of the tail's ring: that of position coded_begin
   uint32_t first_slot;  // the slot of position coded_begin
   uint32_t mean_ring;   // rows of means
+  uint32_t first_mean;  // the block's
   uint32_t keeper;      // which of the pieces keeps the new token
 };
 

@@ -269,13 +269,14 @@ std::vector<Launch> plan_encode(const EncodeCall& call, const Device& device) {
     params.first_row = params.coded_begin % params.tail_slots;
     params.first_slot = params.coded_begin % params.slots;
     params.mean_ring = params.slots / params.block_size;
+    params.first_mean = params.first_slot / params.block_size;
     // The new token may take the place of a row of the block: only the threadgroup that reads the row knows when.
     const uint32_t row = (params.position - params.coded_begin) % params.tail_slots;
     params.keeper = tokens == 0 ? pieces : row < params.block_size ? row / TQ_PIECE_ROWS : 0;
     arguments.push_back(Argument::value(params));
     macros.emplace_back("TQ_PIECES", std::to_string(pieces));
     macros.emplace_back("TQ_BEST", call.encode == Encode::kBest ? "1" : "0");
-    const int64_t sums = int64_t{pieces * (TQ_PIECE_ROWS / TQ_RUN) + TQ_PIECE_ROWS} * (head_dim + 4);
+    const int64_t sums = int64_t{pieces + TQ_PIECE_ROWS} * (head_dim + 4);
     launches.push_back({{"encode_block", "tq_encode_block", std::move(macros)},
                         std::move(arguments),
                         {pieces, to_count(heads, "heads"), sides},
@@ -286,8 +287,10 @@ std::vector<Launch> plan_encode(const EncodeCall& call, const Device& device) {
   }
   if (params.coded_end > params.coded_begin) {
     const uint32_t units = divide_up(params.coded_end - params.coded_begin, params.unit);
-    const uint32_t simdgroups = std::clamp(divide_up(params.unit, simd_rows(head_dim)), kSimdgroups,
-                                           std::max(device.encode_simdgroups, kSimdgroups));
+    // Pairs of simdgroups add up what they have read.
+    const uint32_t pairs = divide_up(params.unit, 2 * simd_rows(head_dim));
+    const uint32_t simdgroups =
+        2 * std::clamp(pairs, kSimdgroups / 2, std::max(device.encode_simdgroups, kSimdgroups) / 2);
     const int64_t pieces = device.encode_threadgroups / (int64_t{units} * heads * sides);
     params.pieces = static_cast<uint32_t>(std::clamp<int64_t>(pieces, 1, divide_up(params.unit, group_rows)));
     arguments.push_back(Argument::value(params));
