@@ -60,8 +60,8 @@ class DenseCache:
         self.lengths[layer] = end
         keys, values = self.buffer[layer, :, :, :, :end]
         if q.shape[2] == 1:  # the heads of a group as queries of one head: much faster than enable_gqa on a CPU
-            rows = q.view(1, keys.shape[1], -1, q.shape[3])
-            return functional.scaled_dot_product_attention(rows, keys, values).view_as(q)
+            rows = q.reshape(1, keys.shape[1], -1, q.shape[3])
+            return functional.scaled_dot_product_attention(rows, keys, values).reshape(q.shape)
         mask = torch.ones(q.shape[2], end, dtype=torch.bool, device=q.device).tril(begin)
         return functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
 
