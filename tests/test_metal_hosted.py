@@ -40,7 +40,7 @@ def test_every_kernel_under_checks(mode: str) -> None:
 
 def test_what_takes_a_device_runs_as_it_is() -> None:
     """A part of it: `make test-metal` runs it all."""
-    check("tests", "-k", "mps", "-m", "not slow", "--every", "32")
+    check("tests", "-k", "mps", "-m", "not slow", "--every", "64")
 
 
 def test_memory_errors_are_seen() -> None:
