@@ -38,6 +38,9 @@ if torch.backends.mps.is_available():
 if torch.cuda.is_available():
     DEVICES.append("cuda")
 
+# These come first: of several processes none is left with one of them when the others have ended.
+LONGEST = ("test_metal_hosted.py", "test_neon.py", "test_metal_linked.py", "test_transformers.py")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, metavar="N", help="run one of N of the selected tests")
@@ -45,7 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items[:] = items[:: config.getoption("--every")]
+    files = {name: place for place, name in enumerate(LONGEST)}
+    items[:] = sorted(items[:: config.getoption("--every")], key=lambda item: files.get(item.path.name, len(files)))
 
 
 @pytest.fixture(params=DEVICES)
