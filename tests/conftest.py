@@ -39,7 +39,7 @@ if torch.cuda.is_available():
     DEVICES.append("cuda")
 
 # These come first: of several processes none is left with one of them when the others have ended.
-LONGEST = ("test_metal_hosted.py", "test_neon.py", "test_metal_linked.py", "test_transformers.py")
+LONGEST = {"test_metal_hosted.py", "test_metal_linked.py", "test_neon.py", "test_transformers.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,8 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    files = {name: place for place, name in enumerate(LONGEST)}
-    items[:] = sorted(items[:: config.getoption("--every")], key=lambda item: files.get(item.path.name, len(files)))
+    items[:] = sorted(items[:: config.getoption("--every")], key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(params=DEVICES)
